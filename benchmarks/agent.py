@@ -1,0 +1,471 @@
+"""Time one model on the device this file was pushed to. One file, the standard library and numpy, Python 3.8+.
+
+    python agent.py --model F --runtime onnxruntime|litert|tflite-runtime [--threads 1] [--seconds 1] [--min-runs 100]
+    python agent.py --model F --runtime R --input X.npy --output Y.npy      # no timing: outputs, for parity
+
+The device only counts nanoseconds; every statistic is made on the host from the raw numbers. The output is JSON, one
+object a line, in this order, and a reader must refuse an output without the last one (a connection that dies looks
+like success in some shells):
+
+    {"kind": "facts", "when": "before", ...}   what this device is and in which state
+    {"kind": "warmup", "ns": [...], "steady": true}
+    {"kind": "probe", "when": "before", "ns": [...]}   a fixed computation: slower means the device, not the model
+    {"kind": "runs", "ns": [...]}              `invoke` alone
+    {"kind": "probe", "when": "after", "ns": [...]}
+    {"kind": "facts", "when": "after", ...}
+    {"kind": "end", "lines": 6}
+
+An error is one line {"kind": "error", "error": "..."} and exit code 2 for a bad request, 3 where the runtime is not
+installed, 4 where the runtime refuses the model or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import numpy as np
+
+RUNTIMES = ("onnxruntime", "litert", "tflite-runtime")
+_X86 = ("x86_64", "AMD64", "i686")
+_NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+
+
+class AgentError(Exception):
+    """Ends the agent with one line. `code`: 2 bad request, 3 no such runtime, 4 the runtime failed."""
+
+    def __init__(self, error: str, code: int) -> None:
+        super().__init__(error)
+        self.code = code
+
+
+class Model:
+    """A loaded model: `inputs` is (name, shape, dtype) of each input, `set` binds arrays, `invoke` runs once."""
+
+    runtime_version: str
+    inputs: list[tuple[str, tuple[int, ...], Any]]
+
+    def set(self, values: list[Any]) -> None:
+        raise NotImplementedError
+
+    def invoke(self) -> None:
+        raise NotImplementedError
+
+    def output(self) -> Any:
+        raise NotImplementedError
+
+
+class OnnxRuntime(Model):
+    """Inputs and outputs are bound once, so that a run is the graph and not Python's copies around it."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        import onnxruntime
+
+        self.runtime_version = str(onnxruntime.__version__)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        if platform.machine() in _X86:
+            # Without VNNI, uint8 x int8 kernels saturate in 16 bits: fast, and wrong. Time only what computes right.
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.inputs = []
+        for given in self._session.get_inputs():
+            if given.type not in _NUMPY:
+                raise AgentError(f"input {given.name} has type {given.type}, which the agent cannot make", 2)
+            shape = tuple(d if isinstance(d, int) else 1 for d in given.shape)  # a symbolic size is a batch of 1
+            self.inputs.append((given.name, shape, _NUMPY[given.type]))
+        self._binding = self._session.io_binding()
+        for result in self._session.get_outputs():
+            self._binding.bind_output(result.name)
+
+    def set(self, values: list[Any]) -> None:
+        self._values = values  # bound by address: keep them alive
+        for (name, _, _), value in zip(self.inputs, values):  # noqa: B905 - Python 3.8 on boards
+            self._binding.bind_cpu_input(name, value)
+
+    def invoke(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+    def output(self) -> Any:
+        return self._binding.copy_outputs_to_cpu()[0]
+
+
+class TensorFlowLite(Model):
+    """ai-edge-litert, or its predecessor tflite-runtime: the same Interpreter."""
+
+    def __init__(self, path: str, threads: int, runtime: str) -> None:
+        if runtime == "litert":
+            from importlib.metadata import version
+
+            from ai_edge_litert.interpreter import Interpreter
+
+            self.runtime_version = version("ai-edge-litert")
+        else:
+            import tflite_runtime
+            from tflite_runtime.interpreter import Interpreter
+
+            self.runtime_version = str(tflite_runtime.__version__)
+        self._interpreter = Interpreter(model_path=path, num_threads=threads)
+        self._interpreter.allocate_tensors()
+        details = self._interpreter.get_input_details()
+        self.inputs = [(d["name"], tuple(int(s) for s in d["shape"]), d["dtype"]) for d in details]
+        self._indices = [d["index"] for d in details]
+        self._result = self._interpreter.get_output_details()[0]["index"]
+        self.invoke = self._interpreter.invoke  # type: ignore[method-assign]  # no wrapper inside the timed region
+
+    def set(self, values: list[Any]) -> None:
+        for index, value in zip(self._indices, values):  # noqa: B905
+            self._interpreter.set_tensor(index, value)
+
+    def output(self) -> Any:
+        return self._interpreter.get_tensor(self._result)
+
+
+def load(path: str, runtime: str, threads: int) -> Model:
+    """The model, ready to run; AgentError 3 where the runtime is absent, 4 where it refuses the file."""
+    try:
+        return OnnxRuntime(path, threads) if runtime == "onnxruntime" else TensorFlowLite(path, threads, runtime)
+    except AgentError:
+        raise
+    except ImportError as error:
+        package = "ai-edge-litert" if runtime == "litert" else runtime
+        raise AgentError(f"{runtime} is not installed here ({error}): pip install {package}", 3) from error
+    except Exception as error:  # the runtimes raise anything, down to bare RuntimeError
+        raise AgentError(f"{runtime} refuses {os.path.basename(path)}: {error}", 4) from error
+
+
+def made_input(shape: tuple[int, ...], dtype: Any, rng: Any) -> Any:
+    """Seeded input of the model's own type: standard normal for floats, the type's whole range for integers."""
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        return np.ascontiguousarray(rng.standard_normal(shape), dtype=kind)
+    if kind.kind == "b":
+        return rng.integers(0, 2, shape).astype(kind)
+    if kind.itemsize > 1:  # wide integers are indices: stay small
+        return rng.integers(0, 2, shape, dtype=kind)
+    limits = np.iinfo(kind)
+    return rng.integers(limits.min, limits.max, shape, dtype=kind, endpoint=True)
+
+
+class Steady:
+    """Steady state: the means of the last `fast` and of the last `slow` runs agree within 4 % for `hold` runs in a row.
+
+    Each window drops its slowest and fastest quarter first: one preemption by another process is 100 runs of a small
+    network and says nothing about warming up. Slow models get shorter windows, so that warm-up plus hold fit in the
+    cap; never fewer than 5 runs.
+    """
+
+    TOLERANCE = 0.04
+
+    def __init__(self, cap_seconds: float) -> None:
+        self._third = cap_seconds * 1e9 / 3
+        self._agreed = 0
+
+    @staticmethod
+    def _mean(window: list[int]) -> float:
+        ordered = sorted(window)
+        cut = len(ordered) // 4
+        kept = ordered[cut : len(ordered) - cut]
+        return sum(kept) / len(kept)
+
+    def reached(self, ns: list[int]) -> bool:
+        """Call after every run with all times so far."""
+        hold = int(max(5, min(40, self._third / max(1, ns[len(ns) // 2]))))
+        if len(ns) < hold:
+            return False
+        slow, fast = self._mean(ns[-hold:]), self._mean(ns[-max(4, hold // 2) :])
+        self._agreed = self._agreed + 1 if abs(fast - slow) <= self.TOLERANCE * slow else 0
+        return self._agreed >= hold
+
+
+def warm_up(invoke: Callable[[], None], least_seconds: float, cap_seconds: float) -> tuple[list[int], bool]:
+    """Run until steady and for at least `least_seconds`; give up at the cap. All times are kept."""
+    ns: list[int] = []
+    steady = Steady(cap_seconds)
+    clock = time.perf_counter_ns
+    start = clock()
+    while True:
+        before = clock()
+        invoke()
+        now = clock()
+        ns.append(now - before)
+        if steady.reached(ns) and now - start >= least_seconds * 1e9:
+            return ns, True
+        if now - start >= cap_seconds * 1e9:
+            return ns, False
+
+
+def timed(invoke: Callable[[], None], seconds: float, min_runs: int, max_seconds: float, max_runs: int) -> list[int]:
+    """Nanoseconds of each run, until both `seconds` and `min_runs` are reached, or either limit is."""
+    ns: list[int] = []
+    clock = time.perf_counter_ns
+    start = now = clock()
+    enough, limit = start + int(seconds * 1e9), start + int(max_seconds * 1e9)
+    while (now < enough or len(ns) < min_runs) and now < limit and len(ns) < max_runs:
+        before = clock()
+        invoke()
+        now = clock()
+        ns.append(now - before)
+    return ns
+
+
+def probe(repeats: int = 60) -> list[int]:
+    """Nanoseconds of a fixed computation in one thread (about 0.1 ms each), which depends on the core's clock alone."""
+    ns = []
+    for _ in range(repeats):
+        before = time.perf_counter_ns()
+        x = 1
+        for _ in range(1500):
+            x = (x * 1103515245 + 12345) & 0x7FFFFFFF
+        ns.append(time.perf_counter_ns() - before)
+    return ns
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip("\0\n ")
+    except OSError:
+        return None
+
+
+def _number(path: str) -> int | None:
+    text = _read(path)
+    try:
+        return int(text) if text else None
+    except ValueError:
+        return None
+
+
+def _each(pattern: str) -> Iterable[tuple[str, str]]:
+    for path in sorted(glob.glob(pattern)):
+        text = _read(path)
+        if text:
+            yield path, text
+
+
+def cpu_model() -> str:
+    """The processor's name: x86's "model name", a board's device tree, or ARM's implementer and part numbers."""
+    board = _read("/proc/device-tree/model")
+    seen: dict[str, str] = {}
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        seen.setdefault(key.strip(), value.strip())
+    arm = [seen[k] for k in ("CPU implementer", "CPU part") if k in seen]
+    name = seen.get("model name") or seen.get("Hardware") or " ".join(arm) or platform.processor() or "unknown"
+    return f"{board}, {name}" if board else name
+
+
+def facts(when: str) -> dict[str, Any]:
+    """What can change a time, as far as the system tells: absent readings are absent, never guessed."""
+    cpu = "/sys/devices/system/cpu/"
+    found: dict[str, Any] = {
+        "kind": "facts",
+        "when": when,
+        "unix_seconds": round(time.time(), 3),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "governors": sorted({text for _, text in _each(cpu + "cpu[0-9]*/cpufreq/scaling_governor")}),
+        "khz": {p.split("/")[5]: int(t) for p, t in _each(cpu + "cpu[0-9]*/cpufreq/scaling_cur_freq") if t.isdigit()},
+        "khz_limit": {
+            p.split("/")[5]: int(t) for p, t in _each(cpu + "cpu[0-9]*/cpufreq/scaling_max_freq") if t.isdigit()
+        },
+        "throttle_events": sum(
+            int(t) for _, t in _each(cpu + "cpu[0-9]*/thermal_throttle/*_throttle_count") if t.isdigit()
+        ),
+        "celsius": {},
+        "cooling": {},
+        "battery": {},
+    }
+    for path, kind in _each("/sys/class/thermal/thermal_zone*/type"):
+        milli = _number(os.path.join(os.path.dirname(path), "temp"))
+        if milli is not None and milli > -100000:  # some boards report -256 degrees for "no reading"
+            found["celsius"][os.path.basename(os.path.dirname(path)) + " " + kind] = milli / 1000
+    for path, kind in _each("/sys/class/thermal/cooling_device*/type"):
+        state = _number(os.path.join(os.path.dirname(path), "cur_state"))
+        if state is not None and "fan" not in kind.lower():  # a fan that turns does not slow the chip
+            found["cooling"][os.path.basename(os.path.dirname(path)) + " " + kind] = state
+    for path, text in _each("/sys/class/power_supply/*/capacity"):
+        folder = os.path.dirname(path)
+        found["battery"][os.path.basename(folder)] = f"{text} % {_read(os.path.join(folder, 'status')) or ''}".strip()
+    return found
+
+
+def _memory_kib(name: str) -> int | None:
+    for line in (_read("/proc/meminfo") or "").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    return None
+
+
+def clock_step_ns() -> int:
+    """The smallest step the clock was seen to make."""
+    steps = []
+    for _ in range(200):
+        before = time.perf_counter_ns()
+        after = time.perf_counter_ns()
+        while after == before:
+            after = time.perf_counter_ns()
+        steps.append(after - before)
+    return min(steps)
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_facts(path: str, runtime: str, model: Model, threads: int, seed: int) -> dict[str, Any]:
+    """The facts before, with those that do not change."""
+    found = facts("before")
+    found.update(
+        machine=platform.machine(),
+        system=f"{platform.system()} {platform.release()}",
+        cpu_model=cpu_model(),
+        cores=os.cpu_count(),
+        affinity=sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        memory_kib=_memory_kib("MemTotal"),
+        python=platform.python_version(),
+        numpy=np.__version__,
+        runtime=runtime,
+        runtime_version=model.runtime_version,
+        model=os.path.basename(path),
+        model_sha256=_sha256(path),
+        agent_sha256=_sha256(__file__),
+        inputs=[[name, list(shape), np.dtype(dtype).name] for name, shape, dtype in model.inputs],
+        threads=threads,
+        seed=seed,
+        clock_step_ns=clock_step_ns(),
+    )
+    return found
+
+
+def outputs(model: Model, batch: Any) -> Any:
+    """The model's first output for each picture of `batch` [N, ...], run in the model's own batch size."""
+    if len(model.inputs) != 1:
+        raise AgentError(f"--input serves models with one input; this one has {len(model.inputs)}", 2)
+    name, shape, dtype = model.inputs[0]
+    if batch.shape[1:] != shape[1:] or batch.dtype != np.dtype(dtype) or len(batch) == 0 or len(batch) % shape[0]:
+        wanted = f"[N * {shape[0]}, {', '.join(map(str, shape[1:]))}] {np.dtype(dtype).name}"
+        raise AgentError(f"input {name} wants {wanted}, not {list(batch.shape)} {batch.dtype}", 2)
+    results = []
+    for start in range(0, len(batch), shape[0]):
+        model.set([np.ascontiguousarray(batch[start : start + shape[0]])])
+        model.invoke()
+        results.append(np.array(model.output()))
+    return np.concatenate(results)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise AgentError(message, 2)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; AgentError 2 when it is wrong."""
+    parser = _Parser(prog="agent.py", description="Time one model on this device; raw nanoseconds as JSON lines.")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--runtime", required=True, choices=RUNTIMES)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpus", help="pin to these cores, such as 4,5,6,7")
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--min-runs", type=int, default=100)
+    parser.add_argument("--max-seconds", type=float, default=120.0)
+    parser.add_argument("--max-runs", type=int, default=200_000)
+    parser.add_argument("--warmup-seconds", type=float, default=0.2, help="warm up at least so long")
+    parser.add_argument("--warmup-cap", type=float, default=30.0, help="not steady by then: say so and go on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--input", help=".npy [N, ...] in the model's input type, in place of random numbers")
+    parser.add_argument("--output", help=".npy for the outputs of --input; nothing is timed then")
+    wish = parser.parse_args(argv)
+    if wish.threads < 1 or wish.min_runs < 1 or wish.max_runs < wish.min_runs or wish.seed < 0:
+        raise AgentError("--threads and --min-runs start at 1, --max-runs at --min-runs, --seed at 0", 2)
+    if wish.output and not wish.input:
+        raise AgentError("--output needs --input", 2)
+    return wish
+
+
+def work(wish: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
+    """Do what the command line asks; `say` prints one line."""
+    if not os.path.isfile(wish.model):
+        raise AgentError(f"no model file {wish.model}", 2)
+    if wish.cpus:
+        try:
+            os.sched_setaffinity(0, {int(core) for core in wish.cpus.split(",")})
+        except (ValueError, OSError) as error:
+            raise AgentError(f"cannot pin to cores {wish.cpus}: {error}", 2) from error
+    batch = None
+    if wish.input:
+        try:
+            batch = np.load(wish.input, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise AgentError(f"cannot read {wish.input}: {error}", 2) from error
+    model = load(wish.model, wish.runtime, wish.threads)
+    say(first_facts(wish.model, wish.runtime, model, wish.threads, wish.seed))
+    if wish.output:
+        result = outputs(model, batch)
+        with open(wish.output, "wb") as file:
+            np.save(file, result, allow_pickle=False)
+        say({"kind": "outputs", "shape": list(result.shape), "dtype": str(result.dtype)})
+        return
+    rng = np.random.default_rng(wish.seed)
+    if batch is None:
+        values = [made_input(shape, dtype, rng) for _, shape, dtype in model.inputs]
+        model.set(values)
+    else:
+        outputs(model, batch[: model.inputs[0][1][0]])  # checks it, and leaves the first picture set
+    ns, steady = warm_up(model.invoke, wish.warmup_seconds, wish.warmup_cap)
+    say({"kind": "warmup", "ns": ns, "steady": steady})
+    before = probe()
+    runs = timed(model.invoke, wish.seconds, wish.min_runs, wish.max_seconds, wish.max_runs)
+    after = probe()
+    say({"kind": "probe", "when": "before", "ns": before})
+    say({"kind": "runs", "ns": runs})
+    say({"kind": "probe", "when": "after", "ns": after})
+    say(facts("after"))
+
+
+def main(argv: list[str]) -> int:
+    """Run; the exit code."""
+    lines = 0
+
+    def say(line: dict[str, Any]) -> None:
+        nonlocal lines
+        lines += 1
+        sys.stdout.write(json.dumps(line, separators=(",", ":")) + "\n")
+        sys.stdout.flush()
+
+    try:
+        work(parse(argv), say)
+    except AgentError as error:
+        say({"kind": "error", "error": " ".join(str(error).split())})
+        return error.code
+    except Exception as error:  # whatever a runtime throws must reach the host as one line
+        say({"kind": "error", "error": " ".join(f"{type(error).__name__}: {error}".split())})
+        return 4
+    say({"kind": "end", "lines": lines})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
