@@ -1,0 +1,83 @@
+"""The report as one self-contained HTML page: no script, no request to anywhere, the same bytes for the same report."""
+
+from __future__ import annotations
+
+import importlib.resources
+from typing import TYPE_CHECKING, Any
+
+from xedge import report_plots
+from xedge import report_words as words
+
+if TYPE_CHECKING:
+    from xedge.report import Report
+
+
+def render(report: Report) -> str:
+    """The page. Everything that comes from the report is escaped; only the plots are markup."""
+    import jinja2
+
+    template = importlib.resources.files("xedge").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(template).render(
+        _page(report),
+        accuracy_plot=report_plots.accuracy_against_macs(report),
+        bits_plot=report_plots.bits_per_layer(report),
+    )
+
+
+def _page(report: Report) -> dict[str, Any]:
+    """Everything the template shows, as text and fractions: the template only loops."""
+    macs = sum(layer.macs_before for layer in report.layers) or 1
+    most = max((layer.macs_before for layer in report.layers), default=1) or 1
+    worst = words.blame(report)
+    executed = words.executed_on(report)
+    layers = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "out": words.channels(layer.out_before, layer.out_after),
+            "in": words.channels(layer.in_before, layer.in_after),
+            "share": f"{100 * layer.macs_before / macs:.1f} %",
+            "share_after": f"{100 * layer.macs_after / macs:.1f} %",
+            "bar": f"{100 * layer.macs_before / most:.2f}",
+            "bar_after": f"{100 * layer.macs_after / most:.2f}",
+            "bits": words.NONE if layer.bits_mean is None else f"{layer.bits_mean:.2f}",
+            "histogram": ", ".join(f"{n} at {b} bits" for b, n in sorted(layer.bits_histogram.items())),
+            "executed": words.widths(layer, executed),
+            "di": words.percent(layer.di_kept, 1),
+            "worst": worst is not None and layer.name == worst.name and (worst.di_kept or 0) < 0.9995,
+            "remark": ". ".join(t for t in (f"not cut: {layer.frozen}" if layer.frozen else "", layer.note) if t),
+        }
+        for layer in report.layers
+    ]
+    return {
+        "title": words.title(report),
+        "report": report,
+        "blame": words.blame_words(report),
+        "glances": words.glances(report),
+        "layers": layers,
+        "executed": executed,
+        "created": report.created.replace("T", " ").replace("+00:00", " UTC"),
+        "sections": [
+            (name, lines)
+            for name, lines in words.sections(report)
+            if name not in ("Commands", "Layers that could not be cut")
+        ],
+        "environment": [line.partition(": ")[::2] for line in words.flat(report.environment)],
+        "request": [line.partition(": ")[::2] for line in words.flat(report.request)],
+        "iterations": [
+            {
+                "index": it.index,
+                "macs": words.count(it.macs),
+                "fraction": words.percent(it.macs_fraction, 1),
+                "top1": words.percent(it.select_top1),
+                "agreement": words.percent(it.select_agreement),
+                "di": words.NONE if it.di_total is None else words.significant(it.di_total),
+                "seconds": f"{it.seconds:.1f} s",
+                "allocation": it.allocation,
+            }
+            for it in report.iterations
+        ],
+    }
