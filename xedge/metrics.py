@@ -71,7 +71,9 @@ def macs(model: nn.Module, shape: tuple[int, ...]) -> Macs:
         if isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)):
             handles.append(module.register_forward_hook(hook(name)))
     like = next(model.parameters(), torch.empty(0))
+    fused = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused attention of nn.Transformer cannot be counted
         model.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as everything:
             model(torch.zeros(1, *shape, device=like.device, dtype=like.dtype))
@@ -79,6 +81,7 @@ def macs(model: nn.Module, shape: tuple[int, ...]) -> Macs:
         reason = str(e).split("\n", 1)[0]
         raise UsageError(f"does not take an input of shape {shape}: {reason}", where=type(model).__name__) from e
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
         for module, training in modes.items():

@@ -1,0 +1,381 @@
+"""Pictures in folders: ImageFolder layout, with labels, or a flat folder of photographs, without."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from xedge.data import UNLABELLED, Batch, CropFlip, Data, Options, black, permutation, split
+from xedge.errors import UsageError
+
+SUMMARY = "folder:DIR: pictures in class folders (train/ and val/, or split by the seed), or a flat folder, unlabelled"
+
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
+OPTIONS = ("size", "resize", "limit", "mean", "std", "crops", "interpolation", "select", "cache")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HEADERS_CHECKED = 2000
+
+# What PIL raises on damaged pictures, by decoder
+DAMAGED = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture becomes an input: the same preprocessing as torchvision's presets.
+
+    Attributes:
+        size: of the square input, in pixels.
+        resize: the shorter side before the centre crop of `size`.
+        interpolation: PIL's filter, always antialiased.
+        crops: 1 for the centre crop; otherwise so many random square regions a picture, each between `size` pixels
+            and the whole shorter side wide (uniform in the logarithm), resized to `size`.
+        seed: of the random regions, which depend on it, on the file's name and on the number of the crop only.
+    """
+
+    size: int
+    resize: int
+    interpolation: InterpolationMode
+    crops: int
+    seed: int
+
+    def crop(self, picture: Image.Image, name: str, number: int) -> Image.Image:
+        """The `number`-th crop of an RGB picture, `size` pixels square."""
+        if self.crops == 1:
+            small = tv.resize(picture, [self.resize], self.interpolation)
+            cut: Image.Image = tv.center_crop(small, [self.size, self.size])
+            return cut
+        digest = hashlib.sha256(f"{self.seed}/{name}/{number}".encode()).digest()
+        u, v, w = (int.from_bytes(digest[8 * i : 8 * i + 8], "big") / 2.0**64 for i in range(3))
+        short = min(picture.size)
+        side = round(math.exp(math.log(min(self.size, short)) * (1 - u) + math.log(short) * u))
+        left, top = int(v * (picture.width - side + 1)), int(w * (picture.height - side + 1))
+        region: Image.Image = tv.resized_crop(
+            picture, top, left, side, side, [self.size, self.size], self.interpolation
+        )
+        return region
+
+
+def decode(path: Path) -> Image.Image:
+    """A picture as RGB, upright by its EXIF tag; grey is repeated, 16 bits become 8, alpha is dropped.
+
+    Raises:
+        UsageError: damaged, truncated, empty, or not a picture; the file is named.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # convert() would clip 16-bit grey at 255
+                grey = np.asarray(picture).astype(np.int64).clip(0, 65535)
+                picture = Image.fromarray(
+                    (grey // 257 if picture.mode != "I" or grey.max() > 255 else grey).astype("u1")
+                )
+            if picture.mode == "P":
+                picture = picture.convert("RGBA")  # transparency of a palette needs the detour
+            return picture.convert("RGB")
+    except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise _damaged(path, e) from e
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    reason = str(error).split("\n", 1)[0].replace(repr(str(path)), "the file")
+    return UsageError(f"cannot be decoded ({reason})", where=str(path), fix="remove or replace the picture")
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Pictures decoded when they are read, and kept as uint8 up to a limit of memory.
+
+    Args:
+        root: names of pictures are relative to it, so that random crops do not change when the folder moves.
+        paths, labels: one for each picture.
+        view: the preprocessing; each picture counts `view.crops` times, its crops in a row.
+        mean, std: per channel, on the scale 0..1.
+        cache_bytes: how much to keep of what has been decoded.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: Sequence[Path],
+        labels: Sequence[int],
+        view: View,
+        mean: Sequence[float],
+        std: Sequence[float],
+        cache_bytes: int,
+    ) -> None:
+        self.root, self.paths, self.targets, self.view = root, list(paths), list(labels), view
+        self._scale = (1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))).float().view(3, 1, 1)
+        self._offset = (-torch.tensor(mean, dtype=torch.float64) / torch.tensor(std)).float().view(3, 1, 1)
+        self._room = cache_bytes // (3 * view.size**2)
+        self._kept: dict[int, Tensor] = {}
+        self._last: tuple[Path, Image.Image] | None = None
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N], crops counted."""
+        return torch.tensor(self.targets, dtype=torch.int64).repeat_interleave(self.view.crops)
+
+    def __len__(self) -> int:
+        return len(self.paths) * self.view.crops
+
+    def _pixels(self, index: int) -> Tensor:
+        """uint8 [3, size, size]."""
+        if index in self._kept:
+            return self._kept[index]
+        at, number = divmod(index, self.view.crops)
+        path = self.paths[at]
+        if self._last is None or self._last[0] != path:
+            self._last = (path, decode(path))
+        try:
+            crop = self.view.crop(self._last[1], path.relative_to(self.root).as_posix(), number)
+        except DAMAGED as e:
+            raise _damaged(path, e) from e
+        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+        if len(self._kept) < self._room:
+            self._kept[index] = pixels
+        return pixels
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+        """All of `indices` at once."""
+        rows = [range(len(self))[int(i)] for i in indices]
+        x = torch.stack([self._pixels(i) for i in rows]).float().mul_(self._scale).add_(self._offset)
+        return x, torch.tensor([self.targets[i // self.view.crops] for i in rows], dtype=torch.int64)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x, y = self.batch([index])
+        return x[0], int(y[0])
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        x, y = self.batch(indices)
+        return list(zip(x.unbind(), y.tolist(), strict=True))
+
+
+# -- finding the pictures --------------------------------------------------------------------------------------------
+
+
+def pictures_in(folder: Path, *, deep: bool) -> list[Path]:
+    """The pictures of a folder (and of the folders in it), sorted by name; hidden ones are left out."""
+    found = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(
+        p
+        for p in found
+        if p.suffix.lower() in EXTENSIONS
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        and p.is_file()
+    )
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in `folder`, sorted by name, hidden ones left out: the order of torchvision's ImageFolder."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def listing(folder: Path, names: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """Pictures and labels below `folder`, the label being the position of the class folder's name in `names`.
+
+    Raises:
+        UsageError: a class folder that is not in `names`, or that holds no picture.
+    """
+    paths: list[Path] = []
+    labels: list[int] = []
+    number = {name: i for i, name in enumerate(names)}
+    for below in class_folders(folder):
+        if below.name not in number:
+            raise UsageError(
+                "is not one of the class folders of train/", where=str(below), fix="name the classes alike in both"
+            )
+        found = pictures_in(below, deep=True)
+        if not found:
+            raise UsageError("is a class folder without pictures", where=str(below), fix="remove it or fill it")
+        paths += found
+        labels += [number[below.name]] * len(found)
+    return paths, labels
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds: official train and val where it has them (`val` None otherwise); no names = unlabelled."""
+
+    train: tuple[list[Path], list[int]]
+    val: tuple[list[Path], list[int]] | None
+    names: tuple[str, ...]
+
+
+def find(folder: Path) -> Found:
+    """Recognise the layout: train/ and val/ (of class folders, or flat), class folders alone, or a flat folder.
+
+    Raises:
+        UsageError: no such folder, no pictures, half a layout, a single class, or pictures beside class folders.
+    """
+    if not folder.is_dir():
+        raise UsageError("there is no such folder", where=str(folder), fix="check the path after the colon")
+    below = {p.name for p in class_folders(folder)}
+    if below & {"train", "val"}:
+        if not {"train", "val"} <= below:
+            lacks = "val" if "train" in below else "train"
+            raise UsageError(f"has no {lacks}/", where=str(folder), fix="give train/ and val/, or class folders alone")
+        names = tuple(p.name for p in class_folders(folder / "train"))
+        parts = {}
+        for part in ("train", "val"):
+            if bool(class_folders(folder / part)) != bool(names):
+                raise UsageError(
+                    "one of train/ and val/ has class folders, the other not",
+                    where=str(folder),
+                    fix="lay both out alike",
+                )
+            parts[part] = _one(folder / part, names)
+        return Found(parts["train"], parts["val"], names)
+    names = tuple(p.name for p in class_folders(folder))
+    return Found(_one(folder, names), None, names)
+
+
+def _one(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+    """One part: class folders when there are `names`, flat otherwise."""
+    flat = pictures_in(folder, deep=False)
+    if not names:
+        if not flat:
+            raise UsageError(
+                "holds no pictures",
+                where=str(folder),
+                fix=f"xedge reads {', '.join(sorted(e[1:] for e in EXTENSIONS))}",
+            )
+        return flat, [UNLABELLED] * len(flat)
+    if flat:
+        raise UsageError(
+            f"holds both class folders ({names[0]}) and pictures ({flat[0].name})",
+            where=str(folder),
+            fix="move the pictures into class folders, or give a flat folder",
+        )
+    if len(names) == 1:
+        raise UsageError(
+            f"has a single class folder, {names[0]}",
+            where=str(folder),
+            fix=f"give two classes or more, or folder:{folder / names[0]} as unlabelled pictures",
+        )
+    return listing(folder, names)
+
+
+def check_headers(paths: Sequence[Path], seed: int) -> None:
+    """Open some pictures without decoding them, so that a wrong file fails now and not after an hour.
+
+    Raises:
+        UsageError: one of them is not a picture; it is named.
+    """
+    for i in permutation(len(paths), seed, "headers")[:HEADERS_CHECKED].tolist():
+        try:
+            with Image.open(paths[i]):
+                pass
+        except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+            raise _damaged(paths[i], e) from e
+
+
+# -- the data --------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | None, options: Mapping[str, str], *, root: Path | None, seed: int) -> Data:
+    """Pictures from ``folder:DIR`` (relative to `root` when there is one and no such folder is here).
+
+    - DIR/train and DIR/val, of class folders or both flat: those splits.
+    - DIR/CLASS/...: a seeded, stratified fifth becomes val.
+    - DIR/*.jpg: unlabelled; a seeded fifth becomes val.
+
+    `select` is a seeded, stratified tenth of train. A picture, with all its crops, is in one split only.
+
+    Options: ``size`` (224), ``resize`` (shorter side before the centre crop; size * 256 / 224), ``limit`` (pictures
+    of train and of val, or of the folder when it has one part), ``mean`` and ``std`` (of ImageNet), ``crops`` (random
+    regions a picture; 1 is the centre crop), ``interpolation`` (bilinear, bicubic, lanczos, box, hamming, nearest),
+    ``select`` (fraction of train held back), ``cache`` (megabytes of decoded pictures kept; 512).
+    """
+    return build("folder", path, options, root=root, seed=seed)
+
+
+def build(
+    kind: str, path: str | None, options: Mapping[str, str], *, root: Path | None, seed: int, classes: int | None = None
+) -> Data:
+    """`load`, for `kind` "folder" or "imagenet"; `classes` is the number required, with train/ and val/."""
+    if path is None:
+        raise UsageError("needs a folder", where=kind, fix=f"write {kind}:DIR")
+    opts = Options.of(f"{kind}:{path}", options, OPTIONS)
+    size = opts.integer("size", low=8, high=4096) or 224
+    view = View(
+        size=size,
+        resize=opts.integer("resize", low=size, high=8192) or round(size * 256 / 224),
+        interpolation=InterpolationMode(opts.choice("interpolation", "bilinear", (m.value for m in InterpolationMode))),
+        crops=opts.integer("crops", high=10000) or 1,
+        seed=seed,
+    )
+    mean = opts.numbers("mean", count=3) or IMAGENET_MEAN
+    std = opts.numbers("std", count=3, positive=True) or IMAGENET_STD
+    megabytes = opts.integer("cache", low=0, high=1 << 20)
+    limit, select = opts.integer("limit"), opts.fraction("select", 0.1)
+
+    folder = Path(path)
+    if root is not None and not folder.is_dir() and (root / folder).is_dir():
+        folder = root / folder
+    found = find(folder)
+    if classes is not None and (found.val is None or len(found.names) != classes):
+        raise UsageError(
+            f"has {len(found.names)} class folders{'' if found.val else ' and not train/ and val/'}, not {classes} in each",
+            where=str(folder),
+            fix="use folder:DIR for other data of this layout",
+        )
+    notes: list[str] = []
+    if limit is not None:
+        notes.append(f"limited to {limit} pictures of {'each of train and val' if found.val else 'the folder'}")
+    if view.crops > 1:
+        notes.append(f"{view.crops} random regions of each picture; all regions of a picture are in one split")
+
+    def part(of: tuple[list[Path], list[int]], rows: Tensor) -> tuple[list[Path], list[int]]:
+        return [of[0][i] for i in rows.tolist()], [of[1][i] for i in rows.tolist()]
+
+    def limited(of: tuple[list[Path], list[int]]) -> tuple[list[Path], list[int]]:
+        if limit is None or limit >= len(of[0]):
+            return of
+        return part(of, split(torch.tensor(of[1]), limit, seed, "limit", cover=False)[1])
+
+    train, val = limited(found.train), found.val and limited(found.val)
+    if val is None:
+        rest, held = split(torch.tensor(train[1]), round(len(train[0]) / 5), seed, "folder val")
+        notes.append("the folder has no split of its own: val is a seeded fifth")
+        val, train = part(train, held), part(train, rest)
+    rest, held = split(torch.tensor(train[1]), round(select * len(train[0])), seed, "select")
+    select_part, train = part(train, held), part(train, rest)
+    if not (train[0] and select_part[0] and val[0]):
+        raise UsageError(
+            "has too few pictures to give train, select and val one each",
+            where=str(folder),
+            fix="give three pictures or more, or two of a class",
+        )
+    check_headers([*train[0], *select_part[0], *val[0]], seed)
+    room = (512 if megabytes is None else megabytes) << 20
+    total = len(train[0]) + len(select_part[0]) + len(val[0])
+
+    def pictures(of: tuple[list[Path], list[int]]) -> Pictures:
+        return Pictures(folder, of[0], of[1], view, mean, std, room * len(of[0]) // total)
+
+    return Data(
+        name=f"{kind}:{folder.name}",
+        train=pictures(train),
+        select=pictures(select_part),
+        val=pictures(val),
+        classes=len(found.names) or None,
+        class_names=found.names,
+        shape=(3, size, size),
+        augment=CropFlip(padding=size // 8, fill=black(mean, std), flip=True) if found.names else None,
+        mean=mean,
+        std=std,
+        source=str(folder),
+        notes=tuple(notes),
+    )
