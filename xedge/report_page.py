@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
 
 from xedge import report_plots
 from xedge import report_words as words
@@ -20,11 +23,17 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breakable"] = _breakable
     return environment.from_string(template).render(
         _page(report),
         accuracy_plot=report_plots.accuracy_against_macs(report),
         bits_plot=report_plots.bits_per_layer(report),
     )
+
+
+def _breakable(text: str) -> Markup:
+    """Escaped, and a long module path may break after a separator instead of anywhere."""
+    return Markup(re.sub(r"(?<=[._:/])(?=\w)", "<wbr>", str(escape(text))))
 
 
 def _page(report: Report) -> dict[str, Any]:

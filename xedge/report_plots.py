@@ -81,7 +81,7 @@ def accuracy_against_macs(report: Report) -> str | None:
         axes.set_ylabel(f"{what}, %")
         low, high = min(y), max(y)
         pad = max(0.22 * (high - low), 0.5)
-        axes.set_ylim(low - 1.3 * pad, min(high + pad, 101.5))
+        axes.set_ylim(low - 1.3 * pad, max(high + 0.1 * pad, min(high + pad, 100.9)))
         axes.set_xlim(min(0.9 * min(x), max(x) - 10), max(x) + 4)
         axes.grid(axis="x", visible=False)
 
