@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xedge.data import CropFlip, Data, Options, as_tensor, black, cache_folder, fetch, from_tensors
+from xedge.augment import CropFlip, black
+from xedge.data import Data, Options, as_tensor, cache_folder, fetch, from_tensors
 from xedge.errors import UsageError, nearest
 
 NAMES = ("cifar10", "cifar100")

@@ -9,7 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-from xedge.data import CropFlip, Data, Options, black, from_tensors, split
+from xedge.augment import CropFlip, black
+from xedge.data import Data, Options, from_tensors, split
 from xedge.errors import UsageError
 
 SUMMARY = "1797 handwritten digits of scikit-learn, 8x8 made 28x28, 10 classes, offline"

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xedge.data import CropFlip, Data, Options, as_tensor, black, cache_folder, fetch, from_tensors
+from xedge.augment import CropFlip, black
+from xedge.data import Data, Options, as_tensor, cache_folder, fetch, from_tensors
 from xedge.errors import UsageError
 
 SUMMARY = "Fashion-MNIST: 60000 + 10000 pictures of clothes, 28x28 grey, 10 classes"
@@ -31,6 +32,9 @@ NAMES_OF_CLASSES = (
     "bag",
     "ankle boot",
 )
+# IDX files carry no name, and those of MNIST and Fashion-MNIST are called alike: the first labels tell them apart.
+FIRST_LABELS = (9, 0, 0, 3, 0, 2, 7, 2, 5, 5)
+FIRST_LABELS_OF_MNIST = (5, 0, 4, 1, 9, 2, 1, 3, 1, 4)
 FIX = "apt-get install dataset-fashion-mnist, or give --data-root DIR with the four .gz files"
 
 FILES = (
@@ -81,11 +85,16 @@ def find(folders: Sequence[Path]) -> list[Path] | None:
     return None
 
 
-def read_official(files: Sequence[Path], classes: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def read_official(
+    files: Sequence[Path], classes: int, *, other: tuple[int, ...]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(train images, labels), (test images, labels) from the four files in the order of FILES.
 
+    Args:
+        other: the first training labels of the data set that has the same file names.
+
     Raises:
-        UsageError: images and labels do not match, or a label is out of range.
+        UsageError: images and labels do not match, a label is out of range, or it is the other data set.
     """
     sets = []
     for images_at, labels_at in zip(files[::2], files[1::2], strict=True):
@@ -97,6 +106,12 @@ def read_official(files: Sequence[Path], classes: int) -> tuple[tuple[Tensor, Te
         if int(labels.max()) >= classes:
             raise UsageError(f"label {int(labels.max())} of {classes} classes", where=str(labels_at))
         sets.append((images.unsqueeze(1), labels))
+    if tuple(sets[0][1][: len(other)].tolist()) == other:
+        raise UsageError(
+            "these are the files of the other one of MNIST and Fashion-MNIST",
+            where=str(files[1]),
+            fix="check --data and --data-root",
+        )
     return sets[0], sets[1]
 
 
@@ -127,7 +142,7 @@ def load(path: str | None, options: Mapping[str, str], *, root: Path | None, see
     if root is not None:
         base += [root, root / "fashion-mnist", root / "FashionMNIST" / "raw"]
     files = locate("fashion-mnist", [*base, DEBIAN], root, FashionMNIST.mirrors, dict(FashionMNIST.resources), FIX)
-    train, val = read_official(files, 10)
+    train, val = read_official(files, 10, other=FIRST_LABELS_OF_MNIST)
     return from_tensors(
         "fashion-mnist",
         train,

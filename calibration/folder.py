@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from xedge.data import UNLABELLED, Batch, CropFlip, Data, Options, black, permutation, split
+from xedge.augment import ZoomFlip
+from xedge.data import UNLABELLED, Batch, Data, Options, permutation, split
 from xedge.errors import UsageError
 
 SUMMARY = "folder:DIR: pictures in class folders (train/ and val/, or split by the seed), or a flat folder, unlabelled"
@@ -82,6 +84,8 @@ def decode(path: Path) -> Image.Image:
                 picture = Image.fromarray(
                     (grey // 257 if picture.mode != "I" or grey.max() > 255 else grey).astype("u1")
                 )
+            if picture.mode == "F":
+                raise ValueError("floating-point pixels have no known range")
             if picture.mode == "P":
                 picture = picture.convert("RGBA")  # transparency of a palette needs the detour
             return picture.convert("RGB")
@@ -98,8 +102,9 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     """Pictures decoded when they are read, and kept as uint8 up to a limit of memory.
 
     Args:
-        root: names of pictures are relative to it, so that random crops do not change when the folder moves.
-        paths, labels: one for each picture.
+        root: the folder.
+        names: of the pictures, relative to it with slashes, so that random crops do not change when the folder moves.
+        labels: one for each picture.
         view: the preprocessing; each picture counts `view.crops` times, its crops in a row.
         mean, std: per channel, on the scale 0..1.
         cache_bytes: how much to keep of what has been decoded.
@@ -108,19 +113,19 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     def __init__(
         self,
         root: Path,
-        paths: Sequence[Path],
+        names: Sequence[str],
         labels: Sequence[int],
         view: View,
         mean: Sequence[float],
         std: Sequence[float],
         cache_bytes: int,
     ) -> None:
-        self.root, self.paths, self.targets, self.view = root, list(paths), list(labels), view
+        self.root, self.names, self.targets, self.view = root, list(names), list(labels), view
         self._scale = (1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))).float().view(3, 1, 1)
         self._offset = (-torch.tensor(mean, dtype=torch.float64) / torch.tensor(std)).float().view(3, 1, 1)
         self._room = cache_bytes // (3 * view.size**2)
         self._kept: dict[int, Tensor] = {}
-        self._last: tuple[Path, Image.Image] | None = None
+        self._last: tuple[str, Image.Image] | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -128,20 +133,17 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return torch.tensor(self.targets, dtype=torch.int64).repeat_interleave(self.view.crops)
 
     def __len__(self) -> int:
-        return len(self.paths) * self.view.crops
+        return len(self.names) * self.view.crops
 
     def _pixels(self, index: int) -> Tensor:
         """uint8 [3, size, size]."""
         if index in self._kept:
             return self._kept[index]
         at, number = divmod(index, self.view.crops)
-        path = self.paths[at]
-        if self._last is None or self._last[0] != path:
-            self._last = (path, decode(path))
-        try:
-            crop = self.view.crop(self._last[1], path.relative_to(self.root).as_posix(), number)
-        except DAMAGED as e:
-            raise _damaged(path, e) from e
+        name = self.names[at]
+        if self._last is None or self._last[0] != name:
+            self._last = (name, decode(self.root / name))
+        crop = self.view.crop(self._last[1], name, number)
         pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
         if len(self._kept) < self._room:
             self._kept[index] = pixels
@@ -165,51 +167,34 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 # -- finding the pictures --------------------------------------------------------------------------------------------
 
 
-def pictures_in(folder: Path, *, deep: bool) -> list[Path]:
-    """The pictures of a folder (and of the folders in it), sorted by name; hidden ones are left out."""
-    found = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(
-        p
-        for p in found
-        if p.suffix.lower() in EXTENSIONS
-        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-        and p.is_file()
-    )
+def pictures_in(folder: Path, *, deep: bool) -> list[str]:
+    """The pictures of a folder (and of the folders in it), sorted by name, relative to it; hidden ones are left out.
 
-
-def class_folders(folder: Path) -> list[Path]:
-    """The folders in `folder`, sorted by name, hidden ones left out: the order of torchvision's ImageFolder."""
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def listing(folder: Path, names: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """Pictures and labels below `folder`, the label being the position of the class folder's name in `names`.
-
-    Raises:
-        UsageError: a class folder that is not in `names`, or that holds no picture.
+    Strings and no stat per file: ImageNet has 1.3 million.
     """
-    paths: list[Path] = []
-    labels: list[int] = []
-    number = {name: i for i, name in enumerate(names)}
-    for below in class_folders(folder):
-        if below.name not in number:
-            raise UsageError(
-                "is not one of the class folders of train/", where=str(below), fix="name the classes alike in both"
-            )
-        found = pictures_in(below, deep=True)
-        if not found:
-            raise UsageError("is a class folder without pictures", where=str(below), fix="remove it or fill it")
-        paths += found
-        labels += [number[below.name]] * len(found)
-    return paths, labels
+    found = []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if deep and not f.startswith(".")]
+        prefix = Path(here).relative_to(folder).as_posix() + "/" if here != str(folder) else ""
+        found += [prefix + f for f in files if not f.startswith(".") and os.path.splitext(f)[1].lower() in EXTENSIONS]
+    return sorted(found)
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """The folders in `folder`, sorted by name, hidden ones left out: the order of torchvision's ImageFolder."""
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+
+
+Part = tuple[list[str], list[int]]
+"""Names of pictures, relative to the folder given, and labels."""
 
 
 @dataclass(frozen=True)
 class Found:
     """What a folder holds: official train and val where it has them (`val` None otherwise); no names = unlabelled."""
 
-    train: tuple[list[Path], list[int]]
-    val: tuple[list[Path], list[int]] | None
+    train: Part
+    val: Part | None
     names: tuple[str, ...]
 
 
@@ -221,40 +206,47 @@ def find(folder: Path) -> Found:
     """
     if not folder.is_dir():
         raise UsageError("there is no such folder", where=str(folder), fix="check the path after the colon")
-    below = {p.name for p in class_folders(folder)}
-    if below & {"train", "val"}:
-        if not {"train", "val"} <= below:
-            lacks = "val" if "train" in below else "train"
-            raise UsageError(f"has no {lacks}/", where=str(folder), fix="give train/ and val/, or class folders alone")
-        names = tuple(p.name for p in class_folders(folder / "train"))
-        parts = {}
+    try:
+        below = class_folders(folder)
+        if not {"train", "val"} & set(below):
+            return Found(listing(folder, "", below), None, below)
         for part in ("train", "val"):
-            if bool(class_folders(folder / part)) != bool(names):
+            if part not in below:
                 raise UsageError(
-                    "one of train/ and val/ has class folders, the other not",
-                    where=str(folder),
-                    fix="lay both out alike",
+                    f"has no {part}/", where=str(folder), fix="give train/ and val/, or class folders alone"
                 )
-            parts[part] = _one(folder / part, names)
-        return Found(parts["train"], parts["val"], names)
-    names = tuple(p.name for p in class_folders(folder))
-    return Found(_one(folder, names), None, names)
+        names, of_val = class_folders(folder / "train"), class_folders(folder / "val")
+        if bool(names) != bool(of_val):
+            raise UsageError(
+                "one of train/ and val/ has class folders, the other not", where=str(folder), fix="lay both out alike"
+            )
+        if strange := set(of_val) - set(names):
+            raise UsageError(
+                f"val/ has a class folder {min(strange)} that train/ has not",
+                where=str(folder),
+                fix="name the classes alike in both",
+            )
+        return Found(listing(folder, "train/", names), listing(folder, "val/", names), names)
+    except PermissionError as e:
+        raise UsageError("may not be read", where=str(e.filename), fix="check its permissions") from e
 
 
-def _one(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]]:
-    """One part: class folders when there are `names`, flat otherwise."""
+def listing(root: Path, prefix: str, names: tuple[str, ...]) -> Part:
+    """The pictures of root/prefix: of its class folders when there are `names`, of a flat folder otherwise.
+
+    Raises:
+        UsageError: no pictures, a class folder without any, a single class, or pictures beside class folders.
+    """
+    folder = root / prefix
     flat = pictures_in(folder, deep=False)
     if not names:
         if not flat:
-            raise UsageError(
-                "holds no pictures",
-                where=str(folder),
-                fix=f"xedge reads {', '.join(sorted(e[1:] for e in EXTENSIONS))}",
-            )
-        return flat, [UNLABELLED] * len(flat)
+            known = ", ".join(sorted(e[1:] for e in EXTENSIONS))
+            raise UsageError("holds no pictures", where=str(folder), fix=f"xedge reads {known}")
+        return [prefix + f for f in flat], [UNLABELLED] * len(flat)
     if flat:
         raise UsageError(
-            f"holds both class folders ({names[0]}) and pictures ({flat[0].name})",
+            f"holds both class folders ({names[0]}) and pictures ({flat[0]})",
             where=str(folder),
             fix="move the pictures into class folders, or give a flat folder",
         )
@@ -264,21 +256,31 @@ def _one(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], list[int]]:
             where=str(folder),
             fix=f"give two classes or more, or folder:{folder / names[0]} as unlabelled pictures",
         )
-    return listing(folder, names)
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        if not (folder / name).is_dir():  # val/ need not have every class
+            continue
+        found = pictures_in(folder / name, deep=True)
+        if not found:
+            raise UsageError("is a class folder without pictures", where=str(folder / name), fix="remove it or fill it")
+        files += [f"{prefix}{name}/{f}" for f in found]
+        labels += [label] * len(found)
+    return files, labels
 
 
-def check_headers(paths: Sequence[Path], seed: int) -> None:
+def check_headers(root: Path, names: Sequence[str], seed: int) -> None:
     """Open some pictures without decoding them, so that a wrong file fails now and not after an hour.
 
     Raises:
         UsageError: one of them is not a picture; it is named.
     """
-    for i in permutation(len(paths), seed, "headers")[:HEADERS_CHECKED].tolist():
+    for i in permutation(len(names), seed, "headers")[:HEADERS_CHECKED].tolist():
         try:
-            with Image.open(paths[i]):
+            with Image.open(root / names[i]):
                 pass
         except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-            raise _damaged(paths[i], e) from e
+            raise _damaged(root / names[i], e) from e
 
 
 # -- the data --------------------------------------------------------------------------------------------------------
@@ -326,10 +328,9 @@ def build(
         folder = root / folder
     found = find(folder)
     if classes is not None and (found.val is None or len(found.names) != classes):
+        has = f"{len(found.names)} classes" if found.val else "no train/ and val/"
         raise UsageError(
-            f"has {len(found.names)} class folders{'' if found.val else ' and not train/ and val/'}, not {classes} in each",
-            where=str(folder),
-            fix="use folder:DIR for other data of this layout",
+            f"has {has}, not train/ and val/ of {classes} class folders", where=str(folder), fix="or use folder:DIR"
         )
     notes: list[str] = []
     if limit is not None:
@@ -337,10 +338,10 @@ def build(
     if view.crops > 1:
         notes.append(f"{view.crops} random regions of each picture; all regions of a picture are in one split")
 
-    def part(of: tuple[list[Path], list[int]], rows: Tensor) -> tuple[list[Path], list[int]]:
+    def part(of: Part, rows: Tensor) -> Part:
         return [of[0][i] for i in rows.tolist()], [of[1][i] for i in rows.tolist()]
 
-    def limited(of: tuple[list[Path], list[int]]) -> tuple[list[Path], list[int]]:
+    def limited(of: Part) -> Part:
         if limit is None or limit >= len(of[0]):
             return of
         return part(of, split(torch.tensor(of[1]), limit, seed, "limit", cover=False)[1])
@@ -358,11 +359,11 @@ def build(
             where=str(folder),
             fix="give three pictures or more, or two of a class",
         )
-    check_headers([*train[0], *select_part[0], *val[0]], seed)
+    check_headers(folder, [*train[0], *select_part[0], *val[0]], seed)
     room = (512 if megabytes is None else megabytes) << 20
     total = len(train[0]) + len(select_part[0]) + len(val[0])
 
-    def pictures(of: tuple[list[Path], list[int]]) -> Pictures:
+    def pictures(of: Part) -> Pictures:
         return Pictures(folder, of[0], of[1], view, mean, std, room * len(of[0]) // total)
 
     return Data(
@@ -373,7 +374,7 @@ def build(
         classes=len(found.names) or None,
         class_names=found.names,
         shape=(3, size, size),
-        augment=CropFlip(padding=size // 8, fill=black(mean, std), flip=True) if found.names else None,
+        augment=ZoomFlip() if found.names else None,
         mean=mean,
         std=std,
         source=str(folder),

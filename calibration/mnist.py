@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from xedge.calibration.fashion_mnist import find, locate, read_official
+from xedge.calibration.fashion_mnist import FIRST_LABELS, find, locate, read_official
 
-from xedge.data import CropFlip, Data, Options, black, from_tensors
+from xedge.augment import CropFlip, black
+from xedge.data import Data, Options, from_tensors
 from xedge.errors import UsageError
 
 SUMMARY = "MNIST: 60000 + 10000 handwritten digits, 28x28 grey, 10 classes"
@@ -30,7 +31,7 @@ def load(path: str | None, options: Mapping[str, str], *, root: Path | None, see
     if root is not None:
         base += [root / "mnist", root / "MNIST" / "raw", root]
     files = locate("mnist", base, root, MNIST.mirrors, dict(MNIST.resources), FIX)
-    train, val = read_official(files, 10)
+    train, val = read_official(files, 10, other=FIRST_LABELS)
     return from_tensors(
         "mnist",
         train,

@@ -16,7 +16,7 @@ import os
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -25,16 +25,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from xedge.augment import Augment
 from xedge.errors import UsageError, nearest
 
 Batch = tuple[Tensor, Tensor]
 """Images float32 [N, C, H, W] and labels int64 [N] (-1 where there is none)."""
-
-Augment = Callable[[Tensor, torch.Generator], Tensor]
-"""A batch [N, C, H, W] in, a randomly changed batch of the same shape out. The same generator state, the same batch."""
 
 UNLABELLED = -1
 
@@ -329,44 +326,6 @@ def from_tensors(
         source=source,
         notes=notes,
     )
-
-
-# -- augmentation ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CropFlip:
-    """Random shift by up to `padding` pixels, the border filled with `fill`, and a mirror image half of the time.
-
-    The augmentation of He et al. 2016 (arXiv:1512.03385, section 4.2), for a whole batch at once.
-
-    Args:
-        padding: pixels on each side.
-        fill: per channel, in normalised units: -mean / std is black.
-        flip: whether to mirror.
-    """
-
-    padding: int
-    fill: tuple[float, ...] = (0.0,)
-    flip: bool = False
-
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """x float32 [N, C, H, W] -> the same shape. Draws 3 N numbers from `generator`."""
-        n, _, h, w = x.shape
-        draws = torch.rand(3, n, generator=generator, device=generator.device).to(x.device)
-        dy, dx = (draws[:2] * (2 * self.padding + 1)).long().clamp(max=2 * self.padding)
-        fill = torch.tensor(self.fill, dtype=x.dtype, device=x.device).view(-1, 1, 1)
-        padded = functional.pad(x - fill, [self.padding] * 4) + fill
-        windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # a view [N, C, 2p+1, 2p+1, H, W]
-        out = windows[torch.arange(n, device=x.device), :, dy, dx]
-        if self.flip:
-            out = torch.where((draws[2] < 0.5).view(-1, 1, 1, 1), out.flip(3), out)
-        return out
-
-
-def black(mean: Sequence[float], std: Sequence[float]) -> tuple[float, ...]:
-    """The normalised value of a black pixel, per channel."""
-    return tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
 # -- what the files under calibration/ share -------------------------------------------------------------------------
