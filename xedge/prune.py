@@ -1,0 +1,363 @@
+"""Cut a model along channel groups, and certify that the cut model computes what the masked one does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from xedge.channels import Attribute, Groups, Keep
+from xedge.errors import InternalError, UsageError
+
+_LIMITS = {torch.float64: 1e-9, torch.float32: 5e-5}  # relative to the output's largest value
+_MOVED = 1e-9  # a masked output that differs less from the original's proves nothing
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Is the cut model equal to the masked one?
+
+    The reference is the original with the input slices, of every layer that reads a dropped channel, set to zero; the
+    layers that make the channels are left alone, so biases, batch norm shifts and sigmoid gates are covered. Constant
+    parameters (a fresh batch norm, layer scale, zero-initialised gains) are first randomised on a copy.
+
+    Attributes:
+        ok: `max_error` is within `limit`, the masked output moved, and something was cut.
+        max_error: largest difference between the masked and the cut model's output, relative to the largest output.
+        moved: largest difference between the original's and the masked model's output, relative likewise.
+        limit: what `max_error` may be: 1e-9 in float64; 5e-5 for a model that runs in float32 alone.
+        channels: how many channels were dropped.
+        reason: why it is not ok, or "".
+    """
+
+    ok: bool
+    max_error: float
+    moved: float
+    limit: float
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A cut model and its proof.
+
+    Attributes:
+        model: a copy, of the same class, trainable.
+        keep: the masks that were applied, whole for each group that was put back.
+        groups: the groups given, with those put back frozen. `cut(original, groups, keep)` gives `model` again.
+        certificate: of `keep`.
+        put_back: (group name, reason).
+    """
+
+    model: nn.Module
+    keep: dict[str, NDArray[np.bool_]]
+    groups: Groups
+    certificate: Certificate
+    put_back: tuple[tuple[str, str], ...]
+
+
+# ---- cutting ----
+
+
+def cut(model: nn.Module, groups: Groups, keep: Keep) -> nn.Module:
+    """A copy of `model` without the channels that `keep` drops.
+
+    Same class and forward, trainable; only parameters, buffers and integer attributes change. Parameters shared
+    between modules stay shared. Raises UsageError when `keep` does not fit `groups`, or `groups` not the model.
+    """
+    keep = groups.checked(keep)
+    changes = [(a, a.value(keep)) for a in groups.attributes]
+    return _rebuilt(model, groups.positions(keep), [(a.module, a.name, a.item, value) for a, value in changes])
+
+
+def cut_spec(groups: Groups, keep: Keep) -> dict[str, Any]:
+    """The cut as plain JSON: with the original's factory and a state dict it rebuilds the model (`apply_spec`).
+
+    ``classes``: name -> {"size", "kept"}, each set of kept positions once; ``slices``: [parameter, axis, class];
+    ``attributes``: [module, name, item or None, value]. It says nothing about how the cut came about: after several
+    cuts in a row, take the groups of the original and the masks over the original's channels.
+    """
+    keep = groups.checked(keep)
+    names: dict[bytes, str] = {}
+    classes: dict[str, dict[str, Any]] = {}
+    slices: list[list[Any]] = []
+    for (param, axis), mask in groups.positions(keep).items():
+        name = names.setdefault(mask.tobytes(), f"c{len(names)}")
+        classes[name] = {"size": len(mask), "kept": np.flatnonzero(mask).tolist()}
+        slices.append([param, axis, name])
+    whole = groups.whole()
+    attributes = [
+        [a.module, a.name, a.item, a.value(keep)] for a in groups.attributes if a.value(keep) != a.value(whole)
+    ]
+    return {"classes": classes, "slices": slices, "attributes": attributes}
+
+
+def apply_spec(model: nn.Module, spec: Mapping[str, Any]) -> nn.Module:
+    """The architecture that `spec` describes, from the original's: no tracing, no groups.
+
+    Raises UsageError when the spec does not fit: an unknown parameter or module, or another size.
+    """
+    stay: dict[tuple[str, int], NDArray[np.bool_]] = {}
+    try:
+        for param, axis, name in spec["slices"]:
+            kind = spec["classes"][name]
+            mask = np.zeros(int(kind["size"]), np.bool_)
+            mask[kind["kept"]] = True
+            stay[str(param), int(axis)] = mask
+        attributes = [(str(m), str(n), None if i is None else int(i), int(v)) for m, n, i, v in spec["attributes"]]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UsageError(f"not a cut spec ({error!r})", fix="take it from cut_spec") from error
+    return _rebuilt(model, stay, attributes)
+
+
+def _rebuilt(
+    model: nn.Module,
+    stay: Mapping[tuple[str, int], NDArray[np.bool_]],
+    attributes: Iterable[tuple[str, str, int | None, int]],
+) -> nn.Module:
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    memo: dict[int, Any] = {}
+    for (param, axis), mask in stay.items():
+        tensor = tensors.get(param)
+        if tensor is None or axis >= tensor.ndim or tensor.shape[axis] != len(mask):
+            found = "absent" if tensor is None else f"of shape {list(tensor.shape)}"
+            raise UsageError(
+                f"{param} is {found}, but the cut is for size {len(mask)} at axis {axis}", fix="use the original model"
+            )
+        rows = torch.from_numpy(np.flatnonzero(mask)).to(tensor.device)
+        smaller = memo.get(id(tensor), tensor).detach().index_select(axis, rows)
+        if isinstance(tensor, nn.Parameter):
+            smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = (
+            smaller  # deepcopy takes what memo holds: shared tensors stay shared, nothing is copied twice
+        )
+    result = copy.deepcopy(model, memo)
+    modules = dict(result.named_modules(remove_duplicate=False))
+    for path, name, item, value in attributes:
+        if path not in modules or not hasattr(modules[path], name):
+            raise UsageError(f"{path or 'the model'} has no attribute {name}", fix="use the original model")
+        held = getattr(modules[path], name)
+        if item is None:
+            setattr(modules[path], name, value)
+        else:
+            items = [*held[:item], value, *held[item + 1 :]]
+            setattr(modules[path], name, items if isinstance(held, list) else type(held)(items))
+    return result
+
+
+# ---- proving ----
+
+
+def certificate(
+    model: nn.Module, groups: Groups, keep: Keep, example: Tensor, *, attributes: Sequence[Attribute] | None = None
+) -> Certificate:
+    """Compare the masked with the cut model, on a random input of the shape of `example`.
+
+    Args:
+        attributes: use these instead of ``groups.attributes``.
+    """
+    keep = groups.checked(keep)
+    if attributes is not None:
+        groups = replace(groups, attributes=tuple(attributes))
+    channels = sum(int((~mask).sum()) for mask in keep.values())
+    if not channels:
+        return Certificate(False, 0.0, 0.0, _LIMITS[torch.float64], 0, "nothing is cut")
+    return Prover(model, example).prove(groups, keep)
+
+
+class Prover:
+    """A randomised double-precision copy of a model, its input and output, for any number of certificates."""
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(example[:1].shape, generator=generator, dtype=torch.float64)
+        self.model = copy.deepcopy(model).eval().cpu()
+        self.dtype = torch.float64
+        _randomise(self.model.double(), generator)
+        try:
+            self.input = noise
+            self.output = self._run(self.model)
+        except RuntimeError:
+            # The forward has float32 written into it.
+            self.dtype = torch.float32
+            self.model.float()
+            self.input = noise.float()
+            self.output = self._run(self.model)
+        self.limit = _LIMITS[self.dtype]
+        self.scale = max((float(t.abs().max()) for t in self.output if t.numel()), default=0.0)
+
+    def _run(self, model: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            leaves = pytree.tree_leaves(model(self.input))
+        return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def prove(self, groups: Groups, keep: Keep) -> Certificate:
+        channels = sum(int((~mask).sum()) for mask in keep.values())
+
+        def verdict(error: float, moved: float, reason: str) -> Certificate:
+            return Certificate(not reason, error, moved, self.limit, channels, reason)
+
+        if not np.isfinite(self.scale) or self.scale == 0.0:
+            return verdict(np.inf, 0.0, "the randomised model's output is zero or not finite")
+        with _masked(self.model, groups, keep):
+            masked = self._run(self.model)
+        moved = self._distance(masked, self.output)
+        try:
+            got = self._run(cut(self.model, groups, keep))
+        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+            lines = str(error).strip().splitlines()
+            return verdict(np.inf, moved, f"the cut model does not run: {lines[0] if lines else type(error).__name__}")
+        error_found = self._distance(got, masked)
+        if not error_found <= self.limit:
+            return verdict(error_found, moved, f"the cut model differs from the masked one by {error_found:.1e}")
+        if not moved > max(_MOVED, self.limit):
+            return verdict(error_found, moved, "masking did not move the output: nothing is proved")
+        return verdict(error_found, moved, "")
+
+    def _distance(self, got: list[Tensor], want: list[Tensor]) -> float:
+        if [t.shape for t in got] != [t.shape for t in want]:
+            return float("inf")
+        worst = 0.0
+        for a, b in zip(got, want, strict=True):
+            if a.numel():
+                difference = float((a - b).abs().max())
+                worst = max(worst, difference if difference == difference else float("inf"))
+        return worst / self.scale
+
+
+def _randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Give constant tensors (all ones, all zeros) values that tell channels apart, so that no cut is right by luck."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_floating_point() or tensor.numel() < 2 or bool(tensor.min() != tensor.max()):
+                continue
+            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            value = float(tensor.flatten()[0])
+            if value == 0.0:
+                fan = tensor[0].numel() if tensor.ndim > 1 else 4
+                noise = (noise - 0.5) * (12.0 / fan) ** 0.5 if tensor.ndim > 1 else noise * 0.5 - 0.1
+            else:
+                noise = value * (0.5 + noise)
+            tensor.copy_(noise)
+
+
+class _masked:
+    """Within it the input slices of dropped channels are zero, in the model itself."""
+
+    def __init__(self, model: nn.Module, groups: Groups, keep: Keep) -> None:
+        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.groups, self.keep = groups, keep
+        self.saved: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        with torch.no_grad():
+            for group in self.groups.groups:
+                gone = ~self.keep[group.name]
+                for piece in group.slices:
+                    if piece.kind == "in" and gone.any():
+                        tensor = self.tensors[piece.param]
+                        rows = torch.from_numpy(piece.index[gone].ravel())
+                        self.saved.append((tensor, tensor.detach().clone()))
+                        tensor.index_fill_(piece.axis, rows, 0.0)
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for tensor, before in reversed(self.saved):
+                tensor.copy_(before)
+
+
+# ---- cutting with proof ----
+
+
+def prune(model: nn.Module, groups: Groups, keep: Keep, example: Tensor) -> Pruned:
+    """Cut, prove, and put back (whole, frozen, with its reason) each group whose cut the certificate refuses.
+
+    With all channels kept the model is a plain copy and the certificate says that nothing is cut. The certificate is
+    also not ok when the output does not move; no group is to blame for that, so none is put back.
+    """
+    masks = groups.checked(keep)
+    put_back: dict[str, str] = {}
+    proof = certificate(model, groups, masks, example)
+    if not proof.ok and proof.max_error > proof.limit:
+        prover = Prover(model, example)
+        put_back = _guilty(prover, groups, masks)
+        groups = groups.freeze(put_back)
+        masks = masks | {name: np.ones_like(masks[name]) for name in put_back}
+        proof = certificate(model, groups, masks, example)
+        if proof.max_error > proof.limit:
+            raise InternalError(f"the certificate fails although the failing groups stay: {proof.reason}")
+    return Pruned(cut(model, groups, masks), masks, groups, proof, tuple(put_back.items()))
+
+
+def settle(model: nn.Module, groups: Groups, candidates: Sequence[Attribute], example: Tensor) -> Groups:
+    """Try a random cut of every group: rewrite the attributes that it takes, then freeze what still fails.
+
+    A rung of the ladder (direct, rewrite, freeze) is taken only where the certificate refuses the one before.
+    """
+    free = [group for group in groups.groups if group.frozen is None]
+    if not free:
+        return groups
+    generator = np.random.default_rng(0)
+    keep = groups.whole()
+    for group in free:
+        gone = generator.permutation(group.size)[: max(1, group.size // 2)]
+        keep[group.name][gone] = False
+    prover = Prover(model, example)
+    if _passes(prover.prove(groups, keep)):
+        return groups
+    bad = _guilty(prover, groups, keep)
+    touching = tuple(a for a in candidates if any(name in bad for name, _ in a.terms))
+    if touching:
+        known = {(a.module, a.name, a.item) for a in touching}
+        direct = tuple(a for a in groups.attributes if (a.module, a.name, a.item) not in known)
+        rewritten = replace(groups, attributes=(*direct, *touching))
+        if _passes(prover.prove(rewritten, keep)):
+            return rewritten
+        still = _guilty(prover, rewritten, keep)
+        if set(still) < set(bad):
+            return rewritten.freeze(still)
+    return groups.freeze(bad)
+
+
+def _passes(proof: Certificate) -> bool:
+    return proof.max_error <= proof.limit
+
+
+def _guilty(prover: Prover, groups: Groups, keep: Keep) -> dict[str, str]:
+    """The groups to put back so that the certificate holds, each with the reason: by bisection."""
+    cuts = [name for name, mask in keep.items() if not mask.all()]
+
+    def proof_of(names: Sequence[str]) -> Certificate:
+        masks = {name: mask if name in names else np.ones_like(mask) for name, mask in keep.items()}
+        return prover.prove(groups, masks)
+
+    def search(names: Sequence[str]) -> dict[str, str]:
+        proof = proof_of(names)
+        if _passes(proof):
+            return {}
+        if len(names) == 1:
+            return {names[0]: proof.reason}
+        half = len(names) // 2
+        return search(names[:half]) | search(names[half:])
+
+    guilty = search(cuts)
+    good = [name for name in cuts if name not in guilty]
+    proof = proof_of(good)
+    if good and not _passes(proof):
+        # Each passes alone, not together: take them in one by one.
+        together: list[str] = []
+        for name in good:
+            proof = proof_of([*together, name])
+            if _passes(proof):
+                together.append(name)
+            else:
+                guilty[name] = f"{proof.reason} (together with other groups)"
+    return guilty
