@@ -1,0 +1,117 @@
+"""Streaming second moments of a layer's input with its teacher, in float64. They add, so shards and ranks merge.
+
+With X [C, N] the features of C channels and Y [L, N] the teacher, both centred:
+
+    S = X X^T           scatter()
+    X Y^T               cross()
+    S_B = X Y^T Y X^T   for the weighted one-hot teacher (Theorem 1 of the paper)
+
+Sums are taken about a shift (the first batch's mean) with float32 products added in float64; sums about zero lose
+per cents of the variance when a channel's mean is hundreds of times its deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xedge.errors import InternalError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over `count` samples of x - shift [C] and of the encoded teacher y [L].
+
+    Attributes:
+        count: N.
+        shift: [C], subtracted from each sample.
+        total: [C], sum of x - shift.
+        gram: [C, C], sum of (x - shift)(x - shift)^T.
+        cross_total: [C, L], sum of (x - shift) y^T.
+        teacher_total: [L], sum of y.
+        teacher_gram: [L, L], sum of y y^T.
+    """
+
+    count: int
+    shift: Array
+    total: Array
+    gram: Array
+    cross_total: Array
+    teacher_total: Array
+    teacher_gram: Array
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, shift: Array | None = None) -> Moments:
+        """Moments of one batch: x [N, C], y [N, L]. Without a shift the batch's own mean is taken."""
+        at = x.mean(0).double().numpy() if shift is None else shift
+        z = x - torch.from_numpy(at).to(x.dtype)
+        at = at if x.dtype == torch.float64 else torch.from_numpy(at).to(x.dtype).double().numpy()
+        return cls(
+            count=len(x),
+            shift=at,
+            total=z.sum(0, dtype=torch.float64).numpy(),
+            gram=(z.T @ z).double().numpy(),
+            cross_total=(z.T @ y.to(z.dtype)).double().numpy(),
+            teacher_total=y.sum(0, dtype=torch.float64).numpy(),
+            teacher_gram=(y.T @ y).double().numpy(),
+        )
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of samples together, about this one's shift."""
+        if self.gram.shape != other.gram.shape or self.cross_total.shape != other.cross_total.shape:
+            raise InternalError(f"moments of shapes {self.gram.shape} and {other.gram.shape} cannot merge")
+        d = other.shift - self.shift
+        n = other.count
+        moved = other.gram + np.outer(other.total, d) + np.outer(d, other.total) + n * np.outer(d, d)
+        return Moments(
+            count=self.count + n,
+            shift=self.shift,
+            total=self.total + other.total + n * d,
+            gram=self.gram + moved,
+            cross_total=self.cross_total + other.cross_total + np.outer(d, other.teacher_total),
+            teacher_total=self.teacher_total + other.teacher_total,
+            teacher_gram=self.teacher_gram + other.teacher_gram,
+        )
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(self.total)
+
+    def mean(self) -> Array:
+        """Mean of x, [C]."""
+        return self.shift + self.total / self.count
+
+    def scatter(self) -> Array:
+        """S = X X^T of the centred features, [C, C]."""
+        s = self.gram - np.outer(self.total, self.total) / self.count
+        return np.asarray((s + s.T) / 2)
+
+    def cross(self) -> Array:
+        """X Y^T of the centred features, [C, L]. (Centring X is enough: X 1 = 0.)"""
+        return np.asarray(self.cross_total - np.outer(self.total, self.teacher_total) / self.count)
+
+    def select(self, index: NDArray[np.intp]) -> Moments:
+        """Moments of a subset of the channels, in the order of `index`."""
+        return Moments(
+            self.count,
+            self.shift[index],
+            self.total[index],
+            self.gram[np.ix_(index, index)],
+            self.cross_total[index],
+            self.teacher_total,
+            self.teacher_gram,
+        )
+
+
+def add(before: Moments | None, x: Tensor, y: Tensor) -> Moments:
+    """`before` with one more batch, shifted by the first batch's mean."""
+    if before is None:
+        return Moments.of(x, y)
+    return before.merge(Moments.of(x, y, before.shift))

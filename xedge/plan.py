@@ -1,0 +1,252 @@
+"""What to keep: a budget, the cost of every channel, and widths the target likes."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xedge.errors import UsageError
+from xedge.groups import Groups
+
+Keep = dict[str, NDArray[np.bool_]]
+How = Literal["uniform", "global"]
+
+MIN_KEEP = 0.125
+"""At least this part of a group's channels stays: below it a layer starves and folding cannot help."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user asks for; None is no limit.
+
+    Attributes:
+        macs: fraction of the original's multiply-adds to keep, 0 < macs <= 1.
+        max_drop: largest fall of accuracy (of agreement, without labels) in points of 1, 0.005 for 0.5 %.
+        bits: mean bits a weight, 1 < bits <= 8.
+    """
+
+    macs: float | None = None
+    max_drop: float | None = None
+    bits: float = 8.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which channels stay and how many bits each gets: names and numbers only, JSON on disk.
+
+    Attributes:
+        keep: group -> indices of the kept channels, over the original's channels.
+        sizes: group -> the original's number of channels.
+        spec: how to cut the architecture by itself (see `xedge.prune.apply_spec`).
+        bits: layer -> bits of each output channel of the pruned layer.
+        notes: what was decided and why.
+    """
+
+    keep: dict[str, list[int]]
+    sizes: dict[str, int]
+    spec: dict[str, Any]
+    bits: dict[str, list[int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self.__dict__, "notes": list(self.notes)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        return cls(**{**value, "notes": tuple(value["notes"])})
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-adds of every layer as a function of how many channels each group lost.
+
+    A layer's MACs are proportional to its weight's elements, so each group on one of the weight's axes takes its
+    positions off that axis.
+
+    Attributes:
+        layers: layer -> (MACs now, {axis: positions now}).
+        uses: group -> [(layer, axis, positions a channel)].
+    """
+
+    layers: dict[str, tuple[int, dict[int, int]]]
+    uses: dict[str, list[tuple[str, int, int]]]
+
+    @classmethod
+    def of(cls, layer_macs: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], groups: Groups) -> Costs:
+        """From the MACs of each layer, the shape of each parameter and the channel groups."""
+        layers = {
+            name: (macs, dict(enumerate(shapes[f"{name}.weight"])))
+            for name, macs in layer_macs.items()
+            if f"{name}.weight" in shapes
+        }
+        uses: dict[str, list[tuple[str, int, int]]] = {}
+        for g in groups.groups:
+            rows = {(s.layer, s.axis, s.index.shape[1]) for s in g.slices if s.param == f"{s.layer}.weight"}
+            uses[g.name] = sorted(row for row in rows if row[0] in layers)
+        return cls(layers, uses)
+
+    def layer(self, name: str, removed: Mapping[str, int]) -> float:
+        """MACs of one layer once each group lost `removed` channels."""
+        macs, axes = self.layers[name]
+        left = dict(axes)
+        for group, count in removed.items():
+            for layer, axis, r in self.uses.get(group, []):
+                if layer == name:
+                    left[axis] -= r * count
+        value = float(macs)
+        for axis, size in axes.items():
+            value *= left[axis] / size
+        return value
+
+    def total(self, removed: Mapping[str, int]) -> float:
+        """MACs of the model once each group lost `removed` channels."""
+        left = {name: dict(axes) for name, (_, axes) in self.layers.items()}
+        for group, count in removed.items():
+            for layer, axis, r in self.uses.get(group, []):
+                left[layer][axis] -= r * count
+        value = 0.0
+        for name, (macs, axes) in self.layers.items():
+            part = float(macs)
+            for axis, size in axes.items():
+                part *= left[name][axis] / size
+            value += part
+        return value
+
+    def saving(self, group: str, count: int, removed: Mapping[str, int]) -> float:
+        """MACs that taking `count` more channels from a group saves."""
+        touched = {layer for layer, _, _ in self.uses[group]}
+        more = {**removed, group: removed.get(group, 0) + count}
+        return sum(self._fast(name, removed) - self._fast(name, more) for name in touched)
+
+    def _fast(self, name: str, removed: Mapping[str, int]) -> float:
+        macs, axes = self.layers[name]
+        left = dict(axes)
+        for group, axis, r in self._by_layer()[name]:
+            left[axis] -= r * removed.get(group, 0)
+        value = float(macs)
+        for axis, size in axes.items():
+            value *= left[axis] / size
+        return value
+
+    def _by_layer(self) -> dict[str, list[tuple[str, int, int]]]:
+        cached: dict[str, list[tuple[str, int, int]]] | None = self.__dict__.get("_index")
+        if cached is None:
+            cached = {}
+            for group, rows in self.uses.items():
+                for layer, axis, r in rows:
+                    cached.setdefault(layer, []).append((group, axis, r))
+            object.__setattr__(self, "_index", cached)
+        return cached
+
+
+def widths(now: int, original: int, align: int) -> list[int]:
+    """Widths a group may take from `now` downwards: multiples of `align`, at least MIN_KEEP of the original."""
+    least = max(1, int(np.ceil(MIN_KEEP * original)))
+    least = -(-least // align) * align
+    return [now, *range((now - 1) // align * align, least - 1, -align)] if now > least else [now]
+
+
+def reachable(costs: Costs, sizes: Mapping[str, tuple[int, int]], align: int) -> float:
+    """The fewest MACs any plan can leave. `sizes` maps a group to its channels (now, original)."""
+    return costs.total({g: now - widths(now, original, align)[-1] for g, (now, original) in sizes.items()})
+
+
+def allocate(
+    scores: Mapping[str, NDArray[np.float64]],
+    costs: Costs,
+    target: float,
+    *,
+    originals: Mapping[str, int],
+    align: int,
+    how: How,
+) -> Keep:
+    """Choose which channels stay so that the model has at most `target` MACs.
+
+    Args:
+        scores: group -> importance of each channel that is there now.
+        costs: the model's MACs.
+        target: MACs to reach.
+        originals: group -> channels the original had.
+        align: widths are multiples of this.
+        how: ``uniform`` keeps the same part of every group; ``global`` takes, again and again, the channels with the
+            least importance for each multiply-add they save.
+
+    Raises:
+        UsageError: no widths reach the target.
+    """
+    steps = {g: widths(len(s), originals[g], align) for g, s in scores.items()}
+    sizes = {g: (len(s), originals[g]) for g, s in scores.items()}
+    least = reachable(costs, sizes, align)
+    if least > target * (1 + 1e-9):
+        raise UsageError(
+            f"the MACs budget cannot be met: {target / 1e6:.2f} M asked, {least / 1e6:.2f} M is the least that widths in "
+            f"multiples of {align} and {MIN_KEEP:.1%} of each layer leave",
+            fix="ask for more MACs, or use a target with a smaller align",
+        )
+    width = _uniform(steps, costs, target) if how == "uniform" else _global(scores, steps, costs, target)
+    keep = {}
+    for g, s in scores.items():
+        order = np.argsort(s, kind="stable")
+        keep[g] = np.ones(len(s), dtype=bool)
+        keep[g][order[: len(s) - width[g]]] = False
+    return keep
+
+
+def _uniform(steps: Mapping[str, list[int]], costs: Costs, target: float) -> dict[str, int]:
+    def at(ratio: float) -> dict[str, int]:
+        return {g: min(w, key=lambda v, n=w[0]: (abs(v - n * ratio), -v)) for g, w in steps.items()}  # type: ignore[misc]
+
+    def macs(width: Mapping[str, int]) -> float:
+        return costs.total({g: steps[g][0] - w for g, w in width.items()})
+
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        if macs(at(middle)) <= target:
+            low = middle
+        else:
+            high = middle
+    return at(low)
+
+
+def _global(
+    scores: Mapping[str, NDArray[np.float64]], steps: Mapping[str, list[int]], costs: Costs, target: float
+) -> dict[str, int]:
+    prefix = {g: np.concatenate([[0.0], np.cumsum(np.sort(s))]) for g, s in scores.items()}
+    at = dict.fromkeys(scores, 0)
+    removed = dict.fromkeys(scores, 0)
+    total = costs.total(removed)
+
+    def price(g: str) -> float:
+        now, then = steps[g][at[g]], steps[g][at[g] + 1]
+        n = len(scores[g])
+        loss = prefix[g][n - then] - prefix[g][n - now]
+        return float(loss / max(costs.saving(g, now - then, removed), 1e-9))
+
+    heap = [(price(g), g) for g in scores if len(steps[g]) > 1]
+    heapq.heapify(heap)
+    while total > target and heap:
+        old, g = heapq.heappop(heap)
+        fresh = price(g)
+        if fresh > old * (1 + 1e-9) and heap and fresh > heap[0][0]:
+            heapq.heappush(heap, (fresh, g))  # savings shrink as neighbours shrink: look again
+            continue
+        now, then = steps[g][at[g]], steps[g][at[g] + 1]
+        total -= costs.saving(g, now - then, removed)
+        at[g] += 1
+        removed[g] += now - then
+        if at[g] + 1 < len(steps[g]):
+            heapq.heappush(heap, (price(g), g))
+    return {g: steps[g][at[g]] for g in scores}
+
+
+def loss_of(scores: Mapping[str, NDArray[np.float64]], keep: Keep) -> float:
+    """The importance that a plan gives up, summed in the criterion's own unit."""
+    return float(sum(s[~keep[g]].sum() for g, s in scores.items()))

@@ -1,0 +1,264 @@
+"""Calibration: what each tensor of the float graph ranges over, and the second moments of what each weight multiplies.
+
+Both come from ONNX Runtime running the float graph on training images with its inner tensors exposed, so they belong
+to the graph that is quantised, batch norms folded. Memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, helper
+from torch.nn import functional as F
+
+from xedge.errors import UsageError
+from xedge.onnx_graph import MOVES, Graph, exposing, session
+
+Array = NDArray[np.float64]
+BINS = 2048
+POSITIONS = 49
+"""Output positions per image whose patches enter a Gram matrix."""
+DENSE = 1300
+"""Up to this many weights an output a full Gram matrix is kept; above, one block per input channel."""
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Second moments of the patches that a weight multiplies.
+
+    Attributes:
+        blocks: [B, K, K], mean of patch patch^T; B is the number of groups of a convolution (1 for a plain one), or
+            with `split` the number of input channels.
+        mean: [G, K_all], mean patch of each group.
+        split: whether the Gram keeps only the blocks of single input channels.
+    """
+
+    blocks: Array
+    mean: Array
+    split: bool
+
+
+def attributes(node: NodeProto) -> dict[str, object]:
+    """A node's attributes by name."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], groups: int) -> NDArray[np.float32]:
+    """Patches [G, n, K] of one image that multiply a node's weight, at up to POSITIONS output positions.
+
+    K runs like the weight's own axes behind the output axis. A transposed convolution has K = input channels.
+    """
+    if node.op_type == "Conv" and len(weight) == 4:
+        a = attributes(node)
+        kernel = tuple(weight[2:])
+        stride, dilation = _ints(a.get("strides", [1, 1])), _ints(a.get("dilations", [1, 1]))
+        t, left, b, r = _ints(a.get("pads", [0, 0, 0, 0]))
+        image = F.pad(torch.from_numpy(x), (left, r, t, b))
+        height = (image.shape[2] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+        width = (image.shape[3] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
+        side = int(POSITIONS**0.5)
+        ys = np.unique(np.linspace(0, height - 1, min(height, side)).round().astype(int)) * stride[0]
+        xs = np.unique(np.linspace(0, width - 1, min(width, side)).round().astype(int)) * stride[1]
+        rows = torch.from_numpy(ys[:, None] + np.arange(kernel[0])[None] * dilation[0])
+        cols = torch.from_numpy(xs[:, None] + np.arange(kernel[1])[None] * dilation[1])
+        # [N, C, oy, ky, ox, kx] -> [G, N*oy*ox, C/G*ky*kx]
+        p = image[:, :, rows][:, :, :, :, cols]
+        n, c, oy, ky, ox, kx = p.shape
+        p = p.reshape(n, groups, c // groups, oy, ky, ox, kx).permute(1, 0, 3, 5, 2, 4, 6)
+        return np.ascontiguousarray(p.reshape(groups, n * oy * ox, -1).numpy())
+    if node.op_type in ("Conv", "ConvTranspose"):  # 1-D convolutions and transposed ones: by input channel
+        flat = x.reshape(x.shape[0], x.shape[1], -1).transpose(0, 2, 1).reshape(-1, groups, x.shape[1] // groups)
+        step = max(1, len(flat) // POSITIONS)
+        return np.ascontiguousarray(flat[::step].transpose(1, 0, 2))
+    flat = x.reshape(-1, x.shape[-1])
+    return np.ascontiguousarray(flat[:: max(1, len(flat) // POSITIONS)][None])
+
+
+def _ints(value: object) -> list[int]:
+    assert isinstance(value, Sequence)
+    return [int(v) for v in value]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration saw.
+
+    Attributes:
+        low, high: smallest and largest value of each tensor.
+        clip: range of each tensor that minimises the squared error of 8-bit rounding, zero included.
+        patches: weight name -> moments of its patches.
+        images: how many images were seen.
+    """
+
+    low: dict[str, float]
+    high: dict[str, float]
+    clip: dict[str, tuple[float, float]]
+    patches: dict[str, Patches]
+    images: int
+
+
+def calibrate(
+    proto: ModelProto, images: Callable[[], Iterable[NDArray[np.float32]]], *, threads: int = 1
+) -> Calibration:
+    """Run the float graph over images [1, C, H, W], twice; `images` starts a pass.
+
+    The first pass finds extremes and patch moments, the second histograms between the extremes.
+
+    Raises:
+        UsageError: no image, or an activation is NaN or infinite.
+    """
+    graph = Graph(proto)
+    tensors = graph.activations()
+    weighted = graph.weighted()
+    read = list(dict.fromkeys([*tensors, *(n.input[0] for n in weighted)]))
+    inner = [n for n in read if n not in graph.inputs]
+    run = session(exposing(proto, inner), threads=threads)
+    feed = graph.inputs[0]
+    low = dict.fromkeys(tensors, np.inf)
+    high = dict.fromkeys(tensors, -np.inf)
+    grams: dict[str, Array] = {}
+    means: dict[str, Array] = {}
+    counts: dict[str, int] = {}
+    shapes = {n.input[1]: tuple(graph.initializers[n.input[1]].dims) for n in weighted}
+    split = {n.input[1]: patch_length(n, shapes[n.input[1]]) > DENSE for n in weighted}
+    seen = 0
+    for image in images():
+        seen += 1
+        values = dict(zip(inner, run.run(inner, {feed: image}), strict=True))
+        values[feed] = image
+        for name in tensors:
+            v = values[name]
+            low[name] = min(low[name], float(v.min()))
+            high[name] = max(high[name], float(v.max()))
+        for node in weighted:
+            w = node.input[1]
+            p = patches(node, values[node.input[0]], shapes[w], groups_of(node))
+            g, n, k = p.shape
+            mean = p.sum(1, dtype=np.float64)
+            if split[w]:
+                c = shapes[w][1] if node.op_type == "Conv" else k
+                q = p.reshape(g, n, c, k // c).transpose(0, 2, 1, 3).reshape(g * c, n, k // c)
+                gram = (q.transpose(0, 2, 1) @ q).astype(np.float64)
+            else:
+                gram = (p.transpose(0, 2, 1) @ p).astype(np.float64)
+            grams[w] = grams[w] + gram if w in grams else gram
+            means[w] = means[w] + mean if w in means else mean
+            counts[w] = counts.get(w, 0) + n
+    if not seen:
+        raise UsageError("there are no images to calibrate on", fix="check --data")
+    bad = [n for n in tensors if not (np.isfinite(low[n]) and np.isfinite(high[n]))]
+    if bad:
+        raise UsageError(
+            "is NaN or infinite on the calibration data", where=f"tensor {bad[0]}", fix="check the weights"
+        )
+    histograms = {n: np.zeros(BINS) for n in tensors}
+    for image in images():
+        values = dict(zip(inner, run.run(inner, {feed: image}), strict=True))
+        values[feed] = image
+        for name in tensors:
+            span = (min(low[name], 0.0), max(high[name], 0.0))
+            if span[1] > span[0]:
+                histograms[name] += np.histogram(values[name], BINS, span)[0]
+    clip = {}
+    for name in tensors:
+        span = (min(low[name], 0.0), max(high[name], 0.0))
+        # What leaves the graph is what the user sees: nothing of it is clipped.
+        clip[name] = span if name in graph.outputs else best_range(histograms[name], span)
+    return Calibration(
+        low=low,
+        high=high,
+        clip=clip,
+        patches={w: Patches(grams[w] / counts[w], means[w] / counts[w], split[w]) for w in grams},
+        images=seen,
+    )
+
+
+def patch_length(node: NodeProto, shape: tuple[int, ...]) -> int:
+    """K: weights behind one output."""
+    if node.op_type in ("Gemm", "MatMul"):
+        return int(shape[1] if transposed(node) else shape[0])
+    if node.op_type == "ConvTranspose":
+        return int(shape[0] // groups_of(node))
+    return int(np.prod(shape[1:]))
+
+
+def transposed(node: NodeProto) -> bool:
+    """Whether a Gemm's weight is stored [out, in]."""
+    return node.op_type == "Gemm" and bool(attributes(node).get("transB", 0))
+
+
+def groups_of(node: NodeProto) -> int:
+    """Groups of a convolution, 1 elsewhere."""
+    return int(attributes(node).get("group", 1))  # type: ignore[call-overload, no-any-return]
+
+
+def best_range(histogram: Array, span: tuple[float, float], bits: int = 8) -> tuple[float, float]:
+    """The range inside `span` with the least squared error of rounding to 2^bits levels, clipping included.
+
+    Each end is drawn in on its own, over a geometric grid; zero stays inside.
+    """
+    total = histogram.sum()
+    if total == 0 or span[1] <= span[0]:
+        return span
+    edges = np.linspace(span[0], span[1], len(histogram) + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+
+    def error(lo: float, hi: float) -> float:
+        step = (hi - lo) / (2**bits - 1)
+        outside = np.maximum(lo - centres, 0) + np.maximum(centres - hi, 0)
+        inside = (centres >= lo) & (centres <= hi)
+        return float(histogram @ (outside**2) + histogram[inside].sum() * step**2 / 12)
+
+    shrink = np.concatenate([[1.0], np.geomspace(0.95, 0.1, 24)])
+    best = (error(*span), span)
+    for s in shrink:
+        hi = span[1] * s
+        if span[0] < 0:
+            for r in shrink:
+                lo = span[0] * r
+                if lo < hi:
+                    best = min(best, (error(lo, hi), (lo, hi)))
+        elif hi > 0:
+            best = min(best, (error(0.0, hi), (0.0, hi)))
+    return best[1]
+
+
+def shared_ranges(proto: ModelProto, clip: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Give tensors that must lie on one grid one range: in and out of moves, and all parts of a concatenation."""
+    graph = Graph(proto)
+    parent = {n: n for n in clip}
+
+    def root(n: str) -> str:
+        while parent[n] != n:
+            parent[n] = parent[parent[n]]
+            n = parent[n]
+        return n
+
+    for node in graph.nodes:
+        if node.op_type in MOVES or node.op_type == "Concat" or (node.op_type == "Resize" and _nearest(node)):
+            data = [*node.input] if node.op_type == "Concat" else [node.input[0]]
+            names = [n for n in [*data, *node.output] if n in clip]
+            for n in names[1:]:
+                parent[root(n)] = root(names[0])
+    span: dict[str, tuple[float, float]] = {}
+    for n, (lo, hi) in clip.items():
+        # A move only passes on what its input holds; a concatenation holds all its parts.
+        r = root(n)
+        old = span.get(r, (0.0, 0.0))
+        span[r] = (min(old[0], lo), max(old[1], hi))
+    out = {n: span[root(n)] for n in clip}
+    fixed = {"Sigmoid": (0.0, 255 / 256), "HardSigmoid": (0.0, 255 / 256), "Softmax": (0.0, 255 / 256)}
+    for node in graph.nodes:
+        if node.op_type in fixed and node.output[0] in out:
+            out[node.output[0]] = fixed[node.op_type]
+        if node.op_type == "Tanh" and node.output[0] in out:
+            out[node.output[0]] = (-1.0, 127 / 128)
+    return out
+
+
+def _nearest(node: NodeProto) -> bool:
+    return attributes(node).get("mode", b"nearest") == b"nearest"

@@ -1,0 +1,226 @@
+"""The quantised model in torch: the judge that every artefact is compared with.
+
+The float ONNX graph and torch's own graph are two views of one model. `align` finds, by value, which node of torch's
+graph is which ONNX tensor (two random inputs; no names are trusted), and so also proves the export tensor by tensor.
+`Quantized` then runs torch's graph with rounded weights and rounds each tensor of a flavour's grid.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto
+from torch import Tensor, fx, nn
+
+from xedge.errors import InternalError, UnsupportedGraph
+from xedge.export import Grid, grids
+from xedge.onnx_graph import Graph, exposing, session
+from xedge.quantize import ScaleTable
+from xedge.target import Flavour
+
+TOLERANCE = 1e-3
+"""Relative to a tensor's largest value: float32 arithmetic in another order, and folded batch norms."""
+WEIGHTED_ATEN = ("conv1d", "conv2d", "convolution", "conv_transpose2d", "linear", "addmm", "matmul", "mm")
+
+
+def torch_graph(model: nn.Module, shape: tuple[int, ...]) -> fx.GraphModule:
+    """The model's functional ATen graph for any batch size.
+
+    Raises:
+        UnsupportedGraph: torch cannot trace it.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            try:
+                dynamic = {0: torch.export.Dim("batch", min=1)}
+                program = torch.export.export(model, (torch.zeros(2, *shape),), dynamic_shapes=(dynamic,))
+            except Exception:  # some forwards fix the batch: then the judge runs one image at a time
+                program = torch.export.export(model, (torch.zeros(1, *shape),))
+            module = program.run_decompositions({}).module()
+    except Exception as e:
+        reason = str(e).strip().split("\n", 1)[0][:300]
+        raise UnsupportedGraph(
+            f"torch cannot trace it ({type(e).__name__}: {reason})",
+            where=type(model).__name__,
+            fix="make its forward traceable by torch.export",
+        ) from e
+    finally:
+        model.train(was_training)
+    if not isinstance(module, fx.GraphModule):
+        raise InternalError("torch.export gave no graph module")
+    return module
+
+
+class _Record(fx.Interpreter):
+    """Runs a graph and hands every tensor to `see`."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        out = super().run_node(n)
+        if isinstance(out, Tensor) and n.op != "get_attr":
+            self.values[n.name] = out
+        return out
+
+
+def align(
+    module: fx.GraphModule, float_model: ModelProto, tensors: list[str], shape: tuple[int, ...]
+) -> dict[str, str]:
+    """ONNX tensor -> node of torch's graph with the same values on two random inputs.
+
+    Tensors that torch's graph does not have (the exporter split an operation) are left out.
+
+    Raises:
+        UnsupportedGraph: the two graphs give different outputs.
+    """
+    graph = Graph(float_model)
+    inner = [n for n in tensors if n not in graph.inputs]
+    run = session(exposing(float_model, inner))
+    draw = torch.Generator().manual_seed(0)
+    found: dict[str, set[str]] = {}
+    order: list[str] = []
+    for _ in range(2):
+        x = torch.randn(1, *shape, generator=draw)
+        record = _Record(module)
+        with torch.no_grad():
+            record.run(x)
+        order = list(record.values)
+        names = [*inner, *graph.outputs]
+        out = dict(zip(names, run.run(names, {graph.inputs[0]: x.numpy()}), strict=True))
+        if graph.inputs[0] in tensors:
+            out[graph.inputs[0]] = x.numpy()
+        by_size: dict[int, list[str]] = {}
+        for name, v in record.values.items():
+            by_size.setdefault(v.numel(), []).append(name)
+        for tensor, value in out.items():
+            top = float(np.abs(value).max()) or 1.0
+            same = {
+                name
+                for name in by_size.get(value.size, [])
+                if record.values[name].is_floating_point()
+                and float((record.values[name].reshape(-1) - torch.from_numpy(value.reshape(-1))).abs().max())
+                <= TOLERANCE * top
+            }
+            found[tensor] = found[tensor] & same if tensor in found else same
+    lost = [o for o in graph.outputs if not found[o]]
+    if lost:
+        raise UnsupportedGraph(
+            f"the exported graph and torch disagree at its output {lost[0]}",
+            fix="report this model: it is an exporter bug",
+        )
+    position = {name: i for i, name in enumerate(order)}
+    return {t: min(names, key=position.__getitem__) for t, names in found.items() if names and t in tensors}
+
+
+class Quantized(nn.Module):
+    """Torch's graph with the table's integers as weights and a flavour's grid on the tensors between.
+
+    Args:
+        model: the float model (batch norms not folded).
+        float_model: its float ONNX graph.
+        table: its scales.
+        flavour: whose grid.
+        shape: of one input, without the batch.
+
+    Attributes:
+        unmatched: ONNX tensors whose rounding torch's graph has no place for.
+    """
+
+    def __init__(
+        self, model: nn.Module, float_model: ModelProto, table: ScaleTable, flavour: Flavour, shape: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        graph = Graph(float_model)
+        self.graph_module = torch_graph(model, shape)
+        rounded = grids(graph, table, flavour)
+        outputs = {n.input[1]: n.output[0] for n in graph.weighted()}
+        where = align(self.graph_module, float_model, list(dict.fromkeys([*rounded, *outputs.values()])), shape)
+        self.unmatched = sorted(n for n in rounded if n not in where)
+        self.rounding: dict[str, Grid] = {where[n]: g for n, g in rounded.items() if n in where}
+        self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.passes: set[str] = set()
+        nodes = {n.name: n for n in self.graph_module.graph.nodes}
+        for name, scale in table.weights.items():
+            node = nodes.get(where.get(outputs[name], ""))
+            if node is None:
+                raise UnsupportedGraph(
+                    f"torch's graph has no node for {outputs[name]}", where=scale.layer, fix="exclude that layer"
+                )
+            # The exporter folded what stands between the convolution and this node: all of it becomes one pass.
+            while not _is_weighted(node):
+                self.passes.add(node.name)
+                (node,) = [a for a in node.all_input_nodes if a.op == "call_function"] or [None]
+                if node is None:
+                    raise UnsupportedGraph("no convolution or linear produces it", where=scale.layer, fix="exclude it")
+            step = scale.scale.reshape([-1 if i == scale.axis else 1 for i in range(scale.values.ndim)])
+            value = torch.from_numpy(scale.values.astype(np.float32) * step)
+            bias = None if scale.bias is None else torch.from_numpy(scale.bias.copy())
+            self.weights[node.name] = (value, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a batch [N, C, H, W]."""
+        out = _Rounded(self).run(x)
+        return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
+
+
+def _is_weighted(node: fx.Node) -> bool:
+    parts = str(node.target).split(".")
+    return node.op == "call_function" and len(parts) > 1 and parts[1] in WEIGHTED_ATEN
+
+
+class _Rounded(fx.Interpreter):
+    def __init__(self, owner: Quantized) -> None:
+        super().__init__(owner.graph_module)
+        self.owner = owner
+
+    def run_node(self, n: fx.Node) -> Any:
+        out: Any
+        if n.name in self.owner.passes:
+            out = self.env[next(a for a in n.all_input_nodes if a.op == "call_function")]
+        elif n.name in self.owner.weights:
+            out = self._weighted(n)
+        else:
+            out = super().run_node(n)
+        grid = self.owner.rounding.get(n.name)
+        if grid is not None:
+            q = torch.clamp(torch.round(out / float(grid.scale)) + grid.zero_point, grid.low, grid.high)
+            out = (q - grid.zero_point) * float(grid.scale)
+        return out
+
+    def _weighted(self, n: fx.Node) -> Any:
+        weight, bias = self.owner.weights[n.name]
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        kind = str(n.target).split(".")[1]
+        if kind == "addmm":
+            return args[1] @ self._shaped(weight, args[2]) + (0 if bias is None else bias)
+        if kind in ("matmul", "mm"):
+            return args[0] @ self._shaped(weight, args[1])
+        args = list(args)
+        args[1] = self._shaped(weight, args[1])
+        if len(args) > 2:
+            args[2] = bias
+        elif "bias" in kwargs or bias is not None:
+            kwargs = {**kwargs, "bias": bias}
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+
+    @staticmethod
+    def _shaped(weight: Tensor, like: Tensor) -> Tensor:
+        if weight.shape == like.shape:
+            return weight
+        if weight.dim() == 2 and weight.T.shape == like.shape:
+            return weight.T
+        return weight.reshape(like.shape)
+
+
+def run_batches(run: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Run a target's Runner image by image; [N, L]."""
+    return np.concatenate([run(images[i : i + 1]).reshape(1, -1) for i in range(len(images))])

@@ -1,0 +1,219 @@
+"""Ordinary training: the base of a built-in model, and the P-phase between two cuts.
+
+Runs under `accelerate launch` unchanged. Every epoch is checkpointed in safetensors, and the order of the data and the
+augmentation depend on (seed, epoch) alone, so a killed run that goes on gives the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from xedge.data import Data, batches, loader
+from xedge.errors import InternalError, UsageError
+from xedge.run import write_atomically
+
+if TYPE_CHECKING:
+    from xedge.progress import Talk
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training data.
+        lr: the highest learning rate; warm-up over the first tenth, then a cosine to zero.
+        batch: images a step.
+        momentum: of SGD with Nesterov's step.
+        weight_decay: on weights of two and more dimensions.
+        smoothing: label smoothing.
+        distill: weight of the original's softened answers (KL) against the labels; 1 without labels.
+        temperature: of the distillation.
+        seed: of the order and the augmentation.
+    """
+
+    epochs: int
+    lr: float = 0.02
+    batch: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    smoothing: float = 0.0
+    distill: float = 0.0
+    temperature: float = 2.0
+    seed: int = 0
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    original: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    talk: Talk | None = None,
+    what: str = "training",
+) -> nn.Module:
+    """Train `model` in place on `data.train` and return it in eval mode.
+
+    Args:
+        model: the net.
+        data: only its training part is read.
+        recipe: how.
+        original: the net whose answers teach, where the recipe distils or the data have no labels.
+        checkpoint: a file written after each epoch and read at the start.
+        talk: says what goes on.
+        what: its name there.
+
+    Raises:
+        UsageError: the loss is no longer finite.
+    """
+    if recipe.epochs <= 0:
+        return model.eval()
+    labelled = data.classes is not None
+    if not labelled and original is None:
+        raise InternalError("data without labels need the original as teacher")
+    set_seed(recipe.seed)
+    accelerator = Accelerator()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=True,
+    )
+    start = restore(checkpoint, model, optimizer, recipe) if checkpoint is not None else 0
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if original is not None:
+        original = accelerator.prepare_model(original.eval(), evaluation_mode=True)
+    steps = max(1, math.ceil(len(data.train) / recipe.batch / accelerator.num_processes))  # type: ignore[arg-type]
+    total, warm = recipe.epochs * steps, max(1, recipe.epochs * steps // 10)
+    for epoch in range(start, recipe.epochs):
+        wrapped.train()
+        shuffled = accelerator.prepare(loader(data.train, recipe.batch, recipe.seed, epoch))
+        draw = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
+        torch.manual_seed(recipe.seed * 100_003 + epoch)  # dropout
+        running = 0.0
+        walk = shuffled if talk is None else talk.bar(shuffled, f"{what}, epoch {epoch + 1}/{recipe.epochs}", steps)
+        for step, (x, y) in enumerate(walk):
+            if len(x) < 2:
+                continue  # batch norm cannot train on one image
+            at = epoch * steps + step
+            rise = at / warm if at < warm else 0.5 * (1 + math.cos(math.pi * (at - warm) / max(1, total - warm)))
+            for g in optimizer.param_groups:
+                g["lr"] = recipe.lr * max(rise, 1e-3)
+            if data.augment is not None:
+                x = data.augment(x, draw)
+            loss = _loss(wrapped, original, x, y, recipe, labelled)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(wrapped.parameters(), 5.0)
+            optimizer.step()
+            running += float(loss.detach())
+        if not math.isfinite(running):
+            raise UsageError("the training loss is no longer finite", where=what, fix="try a smaller --lr")
+        if talk is not None:
+            talk.say(f"  {what}: epoch {epoch + 1} of {recipe.epochs}, loss {running / steps:.4f}")
+        if checkpoint is not None and accelerator.is_main_process:
+            save(checkpoint, model, optimizer, recipe, epoch + 1)
+    return model.eval()
+
+
+def _loss(model: nn.Module, original: nn.Module | None, x: Tensor, y: Tensor, recipe: Recipe, labelled: bool) -> Tensor:
+    logits = model(x)
+    parts = logits.new_zeros(())
+    weight = recipe.distill if labelled else 1.0
+    if weight < 1:
+        parts = (1 - weight) * nn.functional.cross_entropy(logits, y, label_smoothing=recipe.smoothing)
+    if weight > 0 and original is not None:
+        t = recipe.temperature
+        with torch.no_grad():
+            taught = torch.log_softmax(original(x) / t, 1)
+        own = torch.log_softmax(logits / t, 1)
+        parts = parts + weight * t * t * nn.functional.kl_div(own, taught, reduction="batchmean", log_target=True)
+    return parts
+
+
+def _key(recipe: Recipe) -> str:
+    return json.dumps(recipe.__dict__, sort_keys=True)
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> None:
+    """Write a checkpoint: weights, momenta, the epoch and the recipe it belongs to."""
+    tensors = {f"model.{k}": v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+    for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+        buffer = optimizer.state.get(p, {}).get("momentum_buffer")
+        if buffer is not None:
+            tensors[f"momentum.{i}"] = buffer.detach().clone().contiguous()
+    meta = {"epoch": str(epoch), "recipe": _key(recipe)}
+    write_atomically(path, lambda tmp: save_file(tensors, tmp, meta))
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
+    """Go back to a checkpoint of the same recipe; returns the epochs that are done, 0 without one."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as f:
+        meta = f.metadata() or {}
+        if meta.get("recipe") != _key(recipe):
+            return 0
+        names = set(f.keys())
+        own = model.state_dict()
+        if any(
+            f"model.{k}" not in names or f.get_slice(f"model.{k}").get_shape() != list(v.shape) for k, v in own.items()
+        ):
+            return 0
+        model.load_state_dict({k: f.get_tensor(f"model.{k}") for k in own})
+        for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+            if f"momentum.{i}" in names:
+                optimizer.state[p]["momentum_buffer"] = f.get_tensor(f"momentum.{i}")
+    return int(meta["epoch"])
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, dataset: torch.utils.data.Dataset[tuple[Tensor, int]], batch: int = 128, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [N, L] and labels [N] of a whole dataset, in its order."""
+    model.eval()
+    logits, labels = [], []
+    for x, y in batches(dataset, batch, limit=limit):
+        logits.append(model(x).flatten(1))
+        labels.append(y)
+    if not logits:
+        raise UsageError("the data are empty", fix="check --data")
+    return torch.cat(logits), torch.cat(labels)
+
+
+@torch.no_grad()
+def reestimate_batch_norm(
+    model: nn.Module, dataset: torch.utils.data.Dataset[tuple[Tensor, int]], images: int = 1024, batch: int = 128
+) -> None:
+    """Set the running statistics of batch norms to those of the training data under the present weights."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    before = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain average over the batches
+        m.train()
+    try:
+        for x, _ in batches(dataset, batch, limit=images, shuffle_seed=0):
+            if len(x) > 1:
+                model(x)
+    finally:
+        for m, momentum in zip(norms, before, strict=True):
+            m.momentum = momentum
+            m.eval()
