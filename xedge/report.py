@@ -360,10 +360,10 @@ def print_report(report: Report, console: Console) -> None:
 
 def markdown(report: Report) -> str:
     """The same as GitHub Markdown."""
-    out = [f"# {words.title(report)}", ""]
+    out = [f"# {_escape(words.title(report))}", ""]
     out += [*(f"- **{question}**: {_escape(answer)}" for question, answer in words.answers(report)), ""]
     for glance in words.glances(report):
-        out += [f"## {glance.target}", ""]
+        out += [f"## {_escape(glance.target)}", ""]
         rows = [(line.metric, line.original, line.compressed, line.change) for line in glance.lines]
         out += [*_pipes(("", "original", "compressed", "change"), rows), ""]
         if glance.where:

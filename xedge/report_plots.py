@@ -73,7 +73,7 @@ def accuracy_against_macs(report: Report) -> str | None:
         axes.plot(x, y, color=ACCENT, linewidth=1.6, marker="o", markersize=4, markeredgewidth=0)
         for mx, my, it in measured:
             if it.macs == returned:
-                axes.plot([mx], [my], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=INK, zorder=3)
+                axes.plot([mx], [my], "o", color=INK, markersize=10, fillstyle="none", zorder=3)
                 axes.annotate("returned", (mx, my), (0, -16), textcoords="offset points", ha="center", color=INK)
                 break
         axes.annotate("start", (x[0], y[0]), (0, 6), textcoords="offset points", ha="center", color=MUTED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -354,8 +355,12 @@ def layer_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def shorten(name: str, limit: int) -> str:
-    """The end of a module path says more than its beginning."""
-    return name if len(name) <= limit else "\N{HORIZONTAL ELLIPSIS}" + name[-(limit - 1) :]
+    """At most `limit` columns wide, cut at the front: the end of a module path says more than its beginning."""
+    width = [2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in name]
+    if sum(width) <= limit:
+        return name
+    start = next(i for i in range(len(name) + 1) if sum(width[i:]) < limit)
+    return "\N{HORIZONTAL ELLIPSIS}" + name[start:]
 
 
 def widths(layer: Layer, targets: Sequence[str]) -> str:
@@ -392,9 +397,9 @@ def sections(report: Report) -> list[tuple[str, list[str]]]:
 
 
 def flat(data: Mapping[str, Any]) -> list[str]:
-    """`key: value` of a dictionary, nested keys joined with dots; values as JSON unless they are text."""
+    """`key: value` of a dictionary by key, nested keys joined with dots; values as JSON unless they are text."""
     out: list[str] = []
-    for key, value in data.items():
+    for key, value in sorted(data.items()):
         if isinstance(value, Mapping):
             out += [f"{key}.{inner}" for inner in flat(value)]
         else:
