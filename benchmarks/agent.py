@@ -227,7 +227,7 @@ def timed(invoke: Callable[[], None], seconds: float, min_runs: int, max_seconds
     return ns
 
 
-def probe(repeats: int = 60) -> list[int]:
+def probe(repeats: int = 160) -> list[int]:
     """Nanoseconds of a fixed computation in one thread (about 0.1 ms each), which depends on the core's clock alone."""
     ns = []
     for _ in range(repeats):
