@@ -30,11 +30,12 @@ def read(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise UsageError("there is no such file", where=str(path), fix="check the path after npz:")
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise UsageError("is a single array, not an npz file", where=str(path), fix=FIX)
-        with file:
-            return {name: file[name] for name in file.files}
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UsageError("is a single array, not an npz file", where=str(path), fix=FIX)
+            with file:
+                return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as e:
         raise UsageError(f"cannot be read ({str(e) or type(e).__name__})", where=str(path), fix=FIX) from e
 
