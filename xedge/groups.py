@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from xedge.channels import Attribute, ChannelGroup, Groups, Keep, Kind, Slice, restrict
 from xedge.errors import UnsupportedGraph
-from xedge.labels import Ints, array, collapse, shrink, varying
+from xedge.labels import Count, Ints, array, collapse, shrink, varying
 from xedge.prune import settle
-from xedge.trace import Count, Trace
+from xedge.trace import Trace
 
 __all__ = ["Attribute", "ChannelGroup", "Groups", "Keep", "Slice", "analyse", "find_groups", "restrict"]
 
@@ -155,7 +155,9 @@ class _Gathering:
         for (param, axis), found in roots.items():
             unique = np.unique(found)
             if len(unique) == 1:
-                self.reasons.setdefault(int(unique[0]), f"all of {param} axis {axis} hangs on one channel")
+                self.reasons.setdefault(
+                    int(unique[0]), "its channels are tied into one" if len(found) > 1 else "one channel only"
+                )
             layer = param.rpartition(".")[0]
             if self.exclude and self.trace.kinds[param, axis] != "in" and self.exclude.search(layer):
                 for root in unique.tolist():

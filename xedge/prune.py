@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -245,33 +246,28 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
                 fan = tensor[0].numel() if tensor.ndim > 1 else 4
                 noise = (noise - 0.5) * (12.0 / fan) ** 0.5 if tensor.ndim > 1 else noise * 0.5 - 0.1
             else:
-                noise = value * (0.5 + noise)
+                noise = (value if abs(value) > 1e-2 else 1.0) * (0.5 + noise)  # a tiny layer scale would hide errors
             tensor.copy_(noise)
 
 
-class _masked:
+@contextmanager
+def _masked(model: nn.Module, groups: Groups, keep: Keep) -> Iterator[None]:
     """Within it the input slices of dropped channels are zero, in the model itself."""
-
-    def __init__(self, model: nn.Module, groups: Groups, keep: Keep) -> None:
-        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.groups, self.keep = groups, keep
-        self.saved: list[tuple[Tensor, Tensor]] = []
-
-    def __enter__(self) -> None:
-        with torch.no_grad():
-            for group in self.groups.groups:
-                gone = ~self.keep[group.name]
-                for piece in group.slices:
-                    if piece.kind == "in" and gone.any():
-                        tensor = self.tensors[piece.param]
-                        rows = torch.from_numpy(piece.index[gone].ravel())
-                        self.saved.append((tensor, tensor.detach().clone()))
-                        tensor.index_fill_(piece.axis, rows, 0.0)
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for tensor, before in reversed(self.saved):
-                tensor.copy_(before)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    saved: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for group in groups.groups:
+            gone = ~keep[group.name]
+            for piece in group.slices:
+                if piece.kind == "in" and gone.any():
+                    saved.setdefault(piece.param, tensors[piece.param].detach().clone())
+                    rows = torch.from_numpy(piece.index[gone].ravel())
+                    tensors[piece.param].index_fill_(piece.axis, rows, 0.0)
+        try:
+            yield
+        finally:
+            for name, before in saved.items():
+                tensors[name].copy_(before)
 
 
 # ---- cutting with proof ----
