@@ -128,9 +128,8 @@ def locate(path: str | None, root: Path | None, version: Version) -> Path:
     Raises:
         UsageError: only the pickled Python version is there, or nothing is and it cannot be downloaded.
     """
-    bases = [Path(path)] if path is not None else [root] if root is not None else []
+    bases = [Path(path)] if path is not None else [*([root] if root is not None else []), cache_folder()]
     fix = f"download {URL}{version.archive} and give --data-root DIR with it, or {version.folder}/, inside"
-    bases.append(cache_folder())
     for base in bases:
         for place in (base, base / version.folder):
             if (place / version.val[0]).is_file():

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch.nn import functional
 
 from xedge.augment import CropFlip, black
@@ -27,6 +26,8 @@ def load(path: str | None, options: Mapping[str, str], *, root: Path | None, see
 
     Options: ``limit`` (images of train and of val), ``select`` (fraction held back). `root` is not used.
     """
+    from sklearn.datasets import load_digits  # half a second, and only here
+
     if path is not None:
         raise UsageError("takes no path", where=f"digits:{path}", fix="write digits alone, or folder:DIR")
     opts = Options.of("digits", options, ("limit", "select"))

@@ -269,6 +269,29 @@ def listing(root: Path, prefix: str, names: tuple[str, ...]) -> Part:
     return files, labels
 
 
+def copies_of_others(root: Path, names: Sequence[str]) -> set[int]:
+    """Positions of the files that are byte for byte an earlier one. Only files of equal size are read.
+
+    Raises:
+        UsageError: a file cannot be read; it is named.
+    """
+    by_size: dict[int, list[int]] = {}
+    copies: set[int] = set()
+    try:
+        for i, name in enumerate(names):
+            by_size.setdefault((root / name).stat().st_size, []).append(i)
+        for alike in by_size.values():
+            seen: set[bytes] = set()
+            for i in alike if len(alike) > 1 else ():
+                digest = hashlib.sha256((root / names[i]).read_bytes()).digest()
+                if digest in seen:
+                    copies.add(i)
+                seen.add(digest)
+    except OSError as e:
+        raise _damaged(root / name, e) from e
+    return copies
+
+
 def check_headers(root: Path, names: Sequence[str], seed: int) -> None:
     """Open some pictures without decoding them, so that a wrong file fails now and not after an hour.
 
@@ -348,6 +371,9 @@ def build(
 
     train, val = limited(found.train), found.val and limited(found.val)
     if val is None:
+        if copies := copies_of_others(folder, train[0]):
+            train = part(train, torch.tensor([i for i in range(len(train[0])) if i not in copies]))
+            notes.append(f"{len(copies)} exact copies of pictures were left out, so that val shares none with train")
         rest, held = split(torch.tensor(train[1]), round(len(train[0]) / 5), seed, "folder val")
         notes.append("the folder has no split of its own: val is a seeded fifth")
         val, train = part(train, held), part(train, rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -129,15 +130,22 @@ def load(path: str | None, options: Mapping[str, str], *, root: Path | None, see
         x, y, where = get(_only_images(arrays, options, str(file)))
         val_key = None
     if val_key is None:
-        if len(x) < 3:
+        first = _without_copies(x)
+        if len(first) < 3:
             raise UsageError(
-                f"{len(x)} images cannot be split into train, select and val", where=where, fix="give more"
+                f"{len(first)} different images cannot be split into train, select and val",
+                where=where,
+                fix="give more",
             )
+        copies = len(x) - len(first)
+        x, y = x[first], None if y is None else y[first]
         held = torch.full((len(x),), 0) if y is None else y
         rest, part = split(held, max(1, len(x) // 5), 0, "npz val")
         xv, yv = x[part], None if y is None else y[part]
         x, y = x[rest], None if y is None else y[rest]
         notes = ("the file has no split of its own: val is a fixed, stratified fifth",)
+        if copies:
+            notes += (f"{copies} exact copies of images were left out, so that val shares none with train",)
     else:
         xv, yv, where_val = get(val_key)
         if xv.shape[1:] != x.shape[1:] or xv.dtype != x.dtype:
@@ -168,6 +176,12 @@ def load(path: str | None, options: Mapping[str, str], *, root: Path | None, see
         select=opts.fraction("select", 0.1),
         limit=opts.integer("limit"),
     )
+
+
+def _without_copies(x: Tensor) -> Tensor:
+    """Positions, int64 [M], of the images [N, C, H, W] that are not byte for byte an earlier one."""
+    first = {hashlib.sha256(row.numpy().tobytes()).digest(): i for i, row in reversed(list(enumerate(x)))}
+    return torch.tensor(sorted(first.values()), dtype=torch.int64)
 
 
 def _only_images(arrays: Mapping[str, NDArray[Any]], options: Mapping[str, str], where: str) -> str:

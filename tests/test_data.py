@@ -41,6 +41,11 @@ from xedge.errors import UsageError
 SPLITS = ("train", "select", "val")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_cached(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 def everything(dataset: Images) -> tuple[Tensor, Tensor]:
     return take(dataset, range(len(dataset)))
 
@@ -438,7 +443,7 @@ def test_cifar_from_its_folder_and_from_its_archive(tmp_path: Path, name: str) -
         assert round(value * 255) == record[1024 * c + 1]
 
 
-def test_cifar_refuses_pickles_and_damage(tmp_path: Path) -> None:
+def test_cifar_refuses_pickles_and_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "p" / "cifar-10-batches-py"
     python.mkdir(parents=True)
     (python / "data_batch_1").write_bytes(pickle.dumps({}))
@@ -465,6 +470,9 @@ def test_cifar_refuses_pickles_and_damage(tmp_path: Path) -> None:
         cifar.load(str(tmp_path), {}, root=None, seed=0)
     with pytest.raises(UsageError, match="did you mean"):
         cifar.load(None, {"name": "cifar11"}, root=None, seed=0)
+    monkeypatch.setattr(cifar, "URL", (tmp_path / "nowhere").as_uri() + "/")
+    with pytest.raises(UsageError, match="cannot be downloaded"):
+        cifar.load(None, {"name": "cifar100"}, root=tmp_path / "fresh", seed=0)
 
 
 # -- npz -------------------------------------------------------------------------------------------------------------
@@ -615,6 +623,23 @@ def test_a_flat_folder_is_unlabelled_and_split_by_picture(tmp_path: Path) -> Non
     assert hashes(folder.load("moved", {**SMALL, "crops": "5"}, root=tmp_path, seed=0).val) == hashes(data.val)
     few = folder.load(str(moved), {**SMALL, "limit": "10"}, root=None, seed=0)
     assert [len(getattr(few, s)) for s in SPLITS] == [7, 1, 2]
+
+
+def test_copies_of_a_picture_never_meet_in_two_splits(tmp_path: Path) -> None:
+    root = flat(tmp_path / "copies", 6)
+    for i in range(6):
+        for j in range(4):
+            (root / f"{i:03}-copy{j}.png").write_bytes((root / f"{i:03}.png").read_bytes())
+    data = folder.load(str(root), SMALL, root=None, seed=0)
+    assert sum(len(getattr(data, s)) for s in SPLITS) == 6
+    assert any("24 exact copies" in note for note in data.notes)
+    assert_no_image_is_in_two_splits(data)
+    arrays = npz.load(saved(tmp_path, x=np.concatenate([X, X, X])), {}, root=None, seed=0)
+    assert sum(len(getattr(arrays, s)) for s in SPLITS) == 30
+    assert any("60 exact copies" in note for note in arrays.notes)
+    assert_no_image_is_in_two_splits(arrays)
+    with pytest.raises(UsageError, match="1 different images cannot be split"):
+        npz.load(saved(tmp_path, x=X * 0), {}, root=None, seed=0)
 
 
 def test_preprocessing_is_torchvisions_preset(tmp_path: Path) -> None:
