@@ -57,7 +57,7 @@ def _page(report: Report) -> dict[str, Any]:
             "executed": words.widths(layer, executed),
             "di": words.percent(layer.di_kept, 1),
             "worst": worst is not None and layer.name == worst.name and (worst.di_kept or 0) < 0.9995,
-            "remark": ". ".join(t for t in (f"not cut: {layer.frozen}" if layer.frozen else "", layer.note) if t),
+            "remark": "; ".join(t for t in (f"not cut: {layer.frozen}" if layer.frozen else "", layer.note) if t),
         }
         for layer in report.layers
     ]

@@ -74,7 +74,7 @@ def accuracy_against_macs(report: Report) -> str | None:
         for mx, my, it in measured:
             if it.macs == returned:
                 axes.plot([mx], [my], "o", color=INK, markersize=10, fillstyle="none", zorder=3)
-                axes.annotate("returned", (mx, my), (0, -16), textcoords="offset points", ha="center", color=INK)
+                axes.annotate("returned", (mx, my), (7, -13), textcoords="offset points", color=INK)
                 break
         axes.annotate("start", (x[0], y[0]), (0, 6), textcoords="offset points", ha="center", color=MUTED)
         axes.set_xlabel("MACs, % of the original")
