@@ -639,7 +639,7 @@ def test_copies_of_a_picture_never_meet_in_two_splits(tmp_path: Path) -> None:
     assert any("60 exact copies" in note for note in arrays.notes)
     assert_no_image_is_in_two_splits(arrays)
     with pytest.raises(UsageError, match="1 different images cannot be split"):
-        npz.load(saved(tmp_path, x=X * 0), {}, root=None, seed=0)
+        npz.load(saved(tmp_path, x=np.zeros_like(X)), {}, root=None, seed=0)
 
 
 def test_preprocessing_is_torchvisions_preset(tmp_path: Path) -> None:
