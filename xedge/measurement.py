@@ -175,8 +175,8 @@ def to_json(record: Measurement | Comparison) -> dict[str, Any]:
 
 def from_json(value: Mapping[str, Any]) -> Measurement | Comparison:
     """Inverse of `to_json`. UsageError where it is not one."""
-    fields = {key: item for key, item in value.items() if key != "record"}
     try:
+        fields = {key: item for key, item in value.items() if key != "record"}
         if value["record"] == "Measurement":
             return _measurement(fields)
         if value["record"] == "Comparison":
