@@ -60,6 +60,7 @@ def process(
     fields: dict[str, Any] = {
         "warmup_ns": (int(ms * 3e6), int(ms * 1e6)),
         "run_ns": (int(ms * 1e6),) * runs,
+        "stride": 1,
         "steady": True,
         "probe_before_ns": (int(probe),) * 9,
         "probe_after_ns": (int(probe_after or probe),) * 9,
@@ -93,7 +94,7 @@ def spoken(p: Process, digest: str) -> str:
         {"kind": "facts", "when": "before", **p.before, "model_sha256": digest},
         {"kind": "warmup", "ns": p.warmup_ns, "steady": p.steady},
         {"kind": "probe", "when": "before", "ns": p.probe_before_ns},
-        {"kind": "runs", "ns": p.run_ns},
+        {"kind": "runs", "ns": p.run_ns, "stride": p.stride},
         {"kind": "probe", "when": "after", "ns": p.probe_after_ns},
         {"kind": "facts", "when": "after", **p.after},
     ]
@@ -170,6 +171,7 @@ def test_the_seconds_count_too_unless_the_runs_are_at_their_limit() -> None:
     second = replace(FAST, seconds=1.0, max_runs=5000)
     assert fault(process(0.1, 5000), second) is None
     assert (fault(process(0.1, 4999), second) or ("", ""))[0] == "incomplete"
+    assert fault(process(0.1, 2500, stride=4), second) is None
 
 
 def test_a_chip_that_heats_up_is_seen_against_its_cool_probe() -> None:

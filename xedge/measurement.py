@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class Process:
 
     Attributes:
         warmup_ns: until the steady state; the first is the cold run.
-        run_ns: `invoke` alone.
+        run_ns: `invoke` alone, every `stride`-th run.
         steady: whether the warm-up settled before its cap.
         probe_before_ns, probe_after_ns: the agent's fixed computation just before and just after `run_ns`.
         before, after: the agent's facts; ``before`` has those that do not change.
@@ -37,6 +37,7 @@ class Process:
 
     warmup_ns: tuple[int, ...]
     run_ns: tuple[int, ...]
+    stride: int
     steady: bool
     probe_before_ns: tuple[int, ...]
     probe_after_ns: tuple[int, ...]
@@ -160,28 +161,39 @@ def gate(measurement: Measurement, budget_ms: float) -> Decision | Literal["inva
 
 def _process(value: Mapping[str, Any]) -> Process:
     numbers = {key: tuple(value[key]) for key in ("warmup_ns", "run_ns", "probe_before_ns", "probe_after_ns")}
-    return Process(steady=value["steady"], before=value["before"], after=value["after"], **numbers)
+    return Process(**{**value, **numbers})
 
 
 def _measurement(value: Mapping[str, Any]) -> Measurement:
     processes = {key: tuple(_process(p) for p in value[key]) for key in ("processes", "replaced")}
-    return Measurement(**{**value, **processes})
+    return Measurement(**{**_without(value), **processes})
+
+
+def _without(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key != "record"}
+
+
+def _fields(record: Process | Measurement | Comparison) -> dict[str, Any]:
+    """As dataclasses.asdict, but without visiting a million integers one by one."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def to_json(record: Measurement | Comparison) -> dict[str, Any]:
     """Plain JSON with a "record" key that names the class."""
-    return {"record": type(record).__name__, **asdict(record)}
+    plain = {"record": type(record).__name__, **_fields(record)}
+    if isinstance(record, Comparison):
+        return {**plain, "a": to_json(record.a), "b": to_json(record.b)}
+    return {**plain, **{key: [_fields(p) for p in plain[key]] for key in ("processes", "replaced")}}
 
 
 def from_json(value: Mapping[str, Any]) -> Measurement | Comparison:
     """Inverse of `to_json`. UsageError where it is not one."""
     try:
-        fields = {key: item for key, item in value.items() if key != "record"}
         if value["record"] == "Measurement":
-            return _measurement(fields)
+            return _measurement(value)
         if value["record"] == "Comparison":
-            sides = {"a": _measurement(fields["a"]), "b": _measurement(fields["b"])}
-            return Comparison(**{**fields, **sides, "disturbed": tuple(fields["disturbed"])})
+            sides = {"a": _measurement(value["a"]), "b": _measurement(value["b"])}
+            return Comparison(**{**_without(value), **sides, "disturbed": tuple(value["disturbed"])})
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"not a measurement of this version: {error!r}") from error
     raise UsageError(f"not a measurement: record {value['record']!r}")
