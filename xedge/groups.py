@@ -233,23 +233,15 @@ class _Gathering:
     ) -> tuple[tuple[Attribute, ...], tuple[Attribute, ...]]:
         """Attributes known by name (a layer's own widths), and those found by value (what the forward may read)."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        direct: dict[tuple[str, str, int | None], Attribute | None] = {}
-        sought: dict[tuple[str, str, int | None], Attribute | None] = {}
+        direct: dict[tuple[str, str, int | None], Attribute] = {}
+        sought: dict[tuple[str, str, int | None], Attribute] = {}
         for count in self.trace.counts:
-            found = direct if count.name else sought
             for module, name, item in _holders(count, modules):
                 attribute = self._rule(count, module, name, item, where, sizes)
-                if attribute is None:
-                    continue
-                key = (module, name, item)
-                if key in found and not _same(found[key], attribute):
-                    found[key] = None  # two rules for one number: it cannot be rewritten
-                else:
-                    found[key] = attribute
-        return (
-            tuple(a for a in direct.values() if a is not None),
-            tuple(a for key, a in sought.items() if a is not None and key not in direct),
-        )
+                if attribute is not None:
+                    # Where two numbers of the graph equal one attribute the first rule stands; the certificate judges.
+                    (direct if count.name else sought).setdefault((module, name, item), attribute)
+        return tuple(direct.values()), tuple(a for key, a in sought.items() if key not in direct)
 
     def _rule(
         self,
@@ -285,13 +277,6 @@ def _positions(found: Ints) -> dict[int, list[int]]:
     for position, root in enumerate(found.tolist()):
         places[root].append(position)
     return places
-
-
-def _same(first: Attribute | None, second: Attribute) -> bool:
-    if first is None or first.constant != second.constant or len(first.terms) != len(second.terms):
-        return False
-    other = dict(second.terms)
-    return all(name in other and np.array_equal(weights, other[name]) for name, weights in first.terms)
 
 
 def _holders(count: Count, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str, int | None]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from xedge.labels import MOST_ELEMENTS, Act, Ints, Labelling, Par, array, collapse, modules_of, shape_of, varying
+from xedge.labels import MOST_ELEMENTS, Act, Ints, Labelling, Par, collapse, modules_of, shape_of, varying
 
 
 class Moves(Labelling):
@@ -77,6 +77,7 @@ class Moves(Labelling):
                     self._count(node, size, out.full, dim, item=item, length=len(split))
             elif isinstance(split, int):
                 self._count(node, split, outs[0].full, dim)
+                self._count(node, acts[0].shape[dim], acts[0].full, dim)  # the forward may halve an attribute
         elif name in ("slice", "narrow"):
             dim, length = bound.get("dim") or 0, acts[0].shape[bound.get("dim") or 0]
             start = bound.get("start") or 0

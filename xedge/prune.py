@@ -309,16 +309,17 @@ def settle(model: nn.Module, groups: Groups, candidates: Sequence[Attribute], ex
     prover = Prover(model, example)
     if _passes(prover.prove(groups, keep)):
         return groups
+    known = {(a.module, a.name, a.item) for a in candidates}
+    direct = tuple(a for a in groups.attributes if (a.module, a.name, a.item) not in known)
+    rewritten = replace(groups, attributes=(*direct, *candidates))
+    if candidates and _passes(prover.prove(rewritten, keep)):
+        return rewritten
     bad = _guilty(prover, groups, keep)
-    touching = tuple(a for a in candidates if any(name in bad for name, _ in a.terms))
-    if touching:
-        known = {(a.module, a.name, a.item) for a in touching}
-        direct = tuple(a for a in groups.attributes if (a.module, a.name, a.item) not in known)
-        rewritten = replace(groups, attributes=(*direct, *touching))
-        if _passes(prover.prove(rewritten, keep)):
-            return rewritten
+    needed = tuple(a for a in candidates if any(name in bad for name, _ in a.terms))
+    if needed:
+        rewritten = replace(groups, attributes=(*direct, *needed))
         still = _guilty(prover, rewritten, keep)
-        if set(still) < set(bad):
+        if len(still) < len(bad):
             return rewritten.freeze(still)
     return groups.freeze(bad)
 
