@@ -429,6 +429,8 @@ def test_cifar_from_its_folder_and_from_its_archive(tmp_path: Path, name: str) -
     assert one.classes == version.classes
     assert len(one.train) + len(one.select) == 200 * len(version.train)
     assert_no_image_is_in_two_splits(one)
+    per_class = everything(one.val)[1].bincount(minlength=version.classes)  # the fine label, not the coarse one
+    assert per_class.tolist() == [200 // version.classes] * version.classes
     with tarfile.open(tmp_path / version.archive, "w:gz") as archive:
         archive.add(tmp_path / "a" / version.folder, version.folder)
     before = sorted(tmp_path.iterdir())

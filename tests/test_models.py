@@ -90,10 +90,14 @@ def test_every_model_exports_and_trains_with_other_channels_and_classes(name: st
             torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v1_small", "mobilenet_v2_small"])
-def test_the_small_mobilenets_keep_resolution_on_small_images(name: str) -> None:
+@pytest.mark.parametrize(("name", "side"), [("mobilenet_v1_small", 2), ("mobilenet_v2_small", 4)])
+def test_the_small_mobilenets_keep_resolution_on_small_images(name: str, side: int) -> None:
     small, large = make(name, classes=10), make(name.removesuffix("_small"), classes=10)
     assert parameters(small) == parameters(large)
+    features = small.features
+    assert isinstance(features, nn.Module)
+    with torch.no_grad():
+        assert features.eval()(torch.zeros(1, 3, 32, 32)).shape[2:] == (side, side)
     assert macs(small, (3, 32, 32)).total > 3.5 * macs(large, (3, 32, 32)).total
 
 
