@@ -13,6 +13,7 @@ quantised (NVIDIA, "Q/DQ layer-placement recommendations"), and with its activat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,7 +163,14 @@ def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) 
     return model
 
 
-def _constant_operand(graph, name, label, zero_type, constant, before):  # type: ignore[no-untyped-def]
+def _constant_operand(
+    graph: Graph,
+    name: str,
+    label: str,
+    zero_type: type[np.int8] | type[np.uint8],
+    constant: Callable[..., str],
+    before: list[onnx.NodeProto],
+) -> str:
     """A constant that is added or multiplied, on an 8-bit grid of its own."""
     value = np.asarray(graph.array(name), dtype=np.float32)
     scale, zero = asymmetric(min(float(value.min()), 0.0), max(float(value.max()), 0.0))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from xedge.channels import Attribute, ChannelGroup, Groups, Keep, Kind, Slice, restrict
-from xedge.errors import UnsupportedGraph
+from xedge.errors import UnsupportedGraph, UsageError
 from xedge.labels import Count, Ints, array, collapse, shrink, varying
 from xedge.prune import settle
 from xedge.trace import Trace
@@ -47,6 +47,10 @@ def find_groups(model: nn.Module, example: Tensor, *, exclude: str | None = None
 
 def analyse(model: nn.Module, example: Tensor, *, exclude: str | None = None) -> tuple[Groups, tuple[Attribute, ...]]:
     """The groups as the labels alone say, and candidate attributes to rewrite should a direct cut fail."""
+    try:
+        pattern = re.compile(exclude) if exclude else None
+    except re.error as error:
+        raise UsageError(f"{exclude!r} is not a regular expression: {error}", fix="mend the pattern") from error
     trace = Trace(model)
     with _mode(model, training=False), _quiet():
         try:
@@ -58,7 +62,7 @@ def analyse(model: nn.Module, example: Tensor, *, exclude: str | None = None) ->
                 fix="remove data-dependent control flow from its forward",
             ) from error
     trace.run(program)
-    return _Gathering(model, trace, exclude).groups()
+    return _Gathering(model, trace, pattern).groups()
 
 
 @contextmanager
@@ -87,9 +91,9 @@ def _first_line(error: Exception) -> str:
 class _Gathering:
     """From labels to groups."""
 
-    def __init__(self, model: nn.Module, trace: Trace, exclude: str | None) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, exclude: re.Pattern[str] | None) -> None:
         self.model, self.trace, self.labels = model, trace, trace.labels
-        self.exclude = re.compile(exclude) if exclude else None
+        self.exclude = exclude
         self.axes = dict(trace.axes)
         self.reasons: dict[int, str] = {}
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))

@@ -251,7 +251,11 @@ class Labelling:
 
     def _tie_box(self, core: Tensor) -> Tensor:
         dims = varying(core)
-        for dim in sorted(dims, key=lambda d: -core.shape[d])[1:]:
+
+        def lines(dim: int) -> int:  # how many labels one line along `dim` has: a pixel shuffle's pattern repeats
+            return len(np.unique(array(core.movedim(dim, 0).reshape(core.shape[dim], -1)[:, 0])))
+
+        for dim in sorted(dims, key=lines, reverse=True)[1:]:
             head = core.narrow(dim, 0, 1)
             self.labels.unite(array(core), array(head.expand(core.shape)))
             core = head

@@ -13,7 +13,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl
 
 from xedge.errors import UsageError, nearest
@@ -129,6 +129,13 @@ def load_criterion(name: str) -> Criterion:
     if module not in modules_of("xedge.criteria") or name.startswith("_"):
         raise UsageError(f"unknown criterion {name!r}", fix=nearest(name, criteria()))
     return importlib.import_module(f"xedge.criteria.{module}").score  # type: ignore[no-any-return]
+
+
+def needs_gradients(name: str) -> bool:
+    """Whether a criterion reads Taylor or Fisher terms; of a user's own we cannot know, so it gets them."""
+    if ":" in name:
+        return True
+    return bool(getattr(importlib.import_module(f"xedge.criteria.{name.replace('-', '_')}"), "GRADIENTS", False))
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -283,7 +290,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             raise UsageError(
                 f"{name} holds NaN or infinity", where=str(path), fix="use a checkpoint from before training diverged"
             )
-    return state
+    return cast("dict[str, torch.Tensor]", state)
 
 
 def put_weights(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:

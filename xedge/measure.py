@@ -60,7 +60,7 @@ class Protocol:
     retries: int
     cooldown_seconds: float
     max_seconds: float = 120.0
-    max_runs: int = 100_000
+    max_runs: int = 20_000
 
 
 REFERENCE = Protocol("reference", "for publication", 15, 1024, 60.0, 1.0, 30.0, 3, 60.0, 600.0)

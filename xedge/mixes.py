@@ -152,10 +152,7 @@ class Mixes(Moves):
 
     def _consume(self, weight: Par, dim: int, labels: Ints, inputs: Ints) -> None:
         self._meet(weight, dim, labels, "in")
-        if weight.name in self.inputs:
-            self.labels.unite(self.inputs[weight.name], inputs)
-        else:
-            self.inputs[weight.name] = inputs
+        self.inputs.setdefault(weight.name, inputs)  # a second reader of the same weight is united by index above
 
     def _bias(self, bias: Any, labels: Ints, kind: str) -> None:
         if isinstance(bias, Par):

@@ -234,11 +234,11 @@ def lower_opset(proto: ModelProto, opset: int) -> None:
         if node.op_type == "Pad" and len(node.input) < 4:
             continue
         try:
-            then = onnx.defs.get_schema(node.op_type, opset, node.domain)
-            now = onnx.defs.get_schema(node.op_type, have, node.domain)
+            then = onnx.defs.get_schema(node.op_type, opset, node.domain).since_version
+            now = onnx.defs.get_schema(node.op_type, have, node.domain).since_version
         except onnx.defs.SchemaError:
-            then = now = None
-        if then is None or now is None or (then.since_version != now.since_version and not _same_form(node)):
+            then = now = -1
+        if then < 0 or (then != now and not _same_form(node)):
             raise UnsupportedGraph(
                 f"{node.op_type} has no form at opset {opset} that xedge knows",
                 where=node.name,

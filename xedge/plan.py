@@ -186,11 +186,12 @@ def allocate(
     least = reachable(costs, sizes, align)
     if least > target * (1 + 1e-9):
         raise UsageError(
-            f"the MACs budget cannot be met: {target / 1e6:.2f} M asked, {least / 1e6:.2f} M is the least that widths in "
-            f"multiples of {align} and {MIN_KEEP:.1%} of each layer leave",
+            f"the MACs budget cannot be met: {target / 1e6:.2f} M asked, {least / 1e6:.2f} M is the least that "
+            f"widths in multiples of {align} and {MIN_KEEP:.1%} of each layer leave",
             fix="ask for more MACs, or use a target with a smaller align",
         )
     width = _uniform(steps, costs, target) if how == "uniform" else _global(scores, steps, costs, target)
+    _refill(width, scores, steps, costs, target)
     keep = {}
     for g, s in scores.items():
         order = np.argsort(s, kind="stable")
@@ -245,6 +246,34 @@ def _global(
         if at[g] + 1 < len(steps[g]):
             heapq.heappush(heap, (price(g), g))
     return {g: steps[g][at[g]] for g in scores}
+
+
+def _refill(
+    width: dict[str, int],
+    scores: Mapping[str, NDArray[np.float64]],
+    steps: Mapping[str, list[int]],
+    costs: Costs,
+    target: float,
+) -> None:
+    """Widths come in steps, so the last step overshoots: give back, dearest first, what still fits under the target."""
+    prefix = {g: np.concatenate([[0.0], np.cumsum(np.sort(s))]) for g, s in scores.items()}
+    while True:
+        best: tuple[float, str, int] | None = None
+        for g, w in width.items():
+            wider = [s for s in steps[g] if s > w]
+            if not wider:
+                continue
+            now = {h: steps[h][0] - v for h, v in width.items()}
+            if costs.total({**now, g: steps[g][0] - wider[-1]}) > target:
+                continue
+            n = len(scores[g])
+            gain = prefix[g][n - w] - prefix[g][n - wider[-1]]
+            price = gain / max(costs.saving(g, wider[-1] - w, {**now, g: steps[g][0] - wider[-1]}), 1e-9)
+            if best is None or price > best[0]:
+                best = (price, g, wider[-1])
+        if best is None:
+            return
+        width[best[1]] = best[2]
 
 
 def loss_of(scores: Mapping[str, NDArray[np.float64]], keep: Keep) -> float:

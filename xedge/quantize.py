@@ -183,8 +183,8 @@ class Layer:
         e = error.reshape(self.groups, o // self.groups * t, k)
         if self.split:
             size = self.gram.shape[1]
-            per = e.reshape(self.groups, -1, k // size, size).transpose(0, 2, 1, 3)
-            per = per.reshape(-1, per.shape[2], size)
+            blocks: Array = e.reshape(self.groups, -1, k // size, size).transpose(0, 2, 1, 3)
+            per: Array = blocks.reshape(-1, blocks.shape[2], size)
             d = np.einsum("brk,brk->br", per @ self.gram, per)
             d = d.reshape(self.groups, k // size, -1).sum(1)
         else:
@@ -212,7 +212,7 @@ class Layer:
             error = ((self.rows - q) ** 2 * diagonal).sum((1, 2))
             better = error < best
             best[better], chosen[better] = error[better], s[better]
-        return chosen.astype(np.float32).astype(np.float64)
+        return np.asarray(chosen.astype(np.float32), dtype=np.float64)
 
 
 def _layer(graph: Graph, node: NodeProto, patches: Patches) -> Layer:

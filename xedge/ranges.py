@@ -71,9 +71,9 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
         p = p.reshape(n, groups, c // groups, oy, ky, ox, kx).permute(1, 0, 3, 5, 2, 4, 6)
         return np.ascontiguousarray(p.reshape(groups, n * oy * ox, -1).numpy())
     if node.op_type in ("Conv", "ConvTranspose"):  # 1-D convolutions and transposed ones: by input channel
-        flat = x.reshape(x.shape[0], x.shape[1], -1).transpose(0, 2, 1).reshape(-1, groups, x.shape[1] // groups)
-        step = max(1, len(flat) // POSITIONS)
-        return np.ascontiguousarray(flat[::step].transpose(1, 0, 2))
+        pixels = x.reshape(x.shape[0], x.shape[1], -1).transpose(0, 2, 1).reshape(-1, groups, x.shape[1] // groups)
+        step = max(1, len(pixels) // POSITIONS)
+        return np.ascontiguousarray(pixels[::step].transpose(1, 0, 2))
     flat = x.reshape(-1, x.shape[-1])
     return np.ascontiguousarray(flat[:: max(1, len(flat) // POSITIONS)][None])
 

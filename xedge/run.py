@@ -69,7 +69,7 @@ def writing(folder: Path) -> Iterator[None]:
         ) from e
 
 
-def write_atomically(path: Path, make: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, make: Callable[[Path], object]) -> None:
     """Let `make` write a temporary file or folder, then move it to `path` in one step."""
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def _remove(path: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically, with a stable key order."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    write_atomically(path, lambda tmp: tmp.write_text(text) and None)
+    write_atomically(path, lambda tmp: tmp.write_text(text))
 
 
 def read_json(path: Path) -> Any:
@@ -174,7 +174,7 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def step(self, name: str, inputs: Mapping[str, object], make: Callable[[Path], None]) -> Path:
+    def step(self, name: str, inputs: Mapping[str, object], make: Callable[[Path], object]) -> Path:
         """Make `name` once for these inputs and seal it.
 
         Args:

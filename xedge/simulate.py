@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor, fx, nn
 
@@ -132,6 +131,7 @@ class Quantized(nn.Module):
         shape: of one input, without the batch.
 
     Attributes:
+        single: the traced forward fixes the batch at 1.
         unmatched: ONNX tensors whose rounding torch's graph has no place for.
     """
 
@@ -141,6 +141,7 @@ class Quantized(nn.Module):
         super().__init__()
         graph = Graph(float_model)
         self.graph_module = torch_graph(model, shape)
+        self.single = _batch_fixed(self.graph_module)
         rounded = grids(graph, table, flavour)
         outputs = {n.input[1]: n.output[0] for n in graph.weighted()}
         where = align(self.graph_module, float_model, list(dict.fromkeys([*rounded, *outputs.values()])), shape)
@@ -170,6 +171,11 @@ class Quantized(nn.Module):
         """Logits of a batch [N, C, H, W]."""
         out = _Rounded(self).run(x)
         return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
+
+
+def _batch_fixed(module: fx.GraphModule) -> bool:
+    first = next(n for n in module.graph.nodes if n.op == "placeholder")
+    return isinstance(first.meta["val"].shape[0], int)
 
 
 def _is_weighted(node: fx.Node) -> bool:
@@ -204,13 +210,13 @@ class _Rounded(fx.Interpreter):
             return args[1] @ self._shaped(weight, args[2]) + (0 if bias is None else bias)
         if kind in ("matmul", "mm"):
             return args[0] @ self._shaped(weight, args[1])
-        args = list(args)
-        args[1] = self._shaped(weight, args[1])
-        if len(args) > 2:
-            args[2] = bias
+        rest = list(args)
+        rest[1] = self._shaped(weight, args[1])
+        if len(rest) > 2:
+            rest[2] = bias
         elif "bias" in kwargs or bias is not None:
             kwargs = {**kwargs, "bias": bias}
-        return n.target(*args, **kwargs)  # type: ignore[operator]
+        return n.target(*rest, **kwargs)  # type: ignore[operator]
 
     @staticmethod
     def _shaped(weight: Tensor, like: Tensor) -> Tensor:
@@ -219,8 +225,3 @@ class _Rounded(fx.Interpreter):
         if weight.dim() == 2 and weight.T.shape == like.shape:
             return weight.T
         return weight.reshape(like.shape)
-
-
-def run_batches(run: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Run a target's Runner image by image; [N, L]."""
-    return np.concatenate([run(images[i : i + 1]).reshape(1, -1) for i in range(len(images))])

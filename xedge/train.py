@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xedge.data import Data, batches, loader
+from xedge.data import Data, Images, batches, loader
 from xedge.errors import InternalError, UsageError
 from xedge.run import write_atomically
 
@@ -97,7 +97,7 @@ def fit(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if original is not None:
         original = accelerator.prepare_model(original.eval(), evaluation_mode=True)
-    steps = max(1, math.ceil(len(data.train) / recipe.batch / accelerator.num_processes))  # type: ignore[arg-type]
+    steps = max(1, math.ceil(len(data.train) / recipe.batch / accelerator.num_processes))
     total, warm = recipe.epochs * steps, max(1, recipe.epochs * steps // 10)
     for epoch in range(start, recipe.epochs):
         wrapped.train()
@@ -131,7 +131,7 @@ def fit(
 
 
 def _loss(model: nn.Module, original: nn.Module | None, x: Tensor, y: Tensor, recipe: Recipe, labelled: bool) -> Tensor:
-    logits = model(x)
+    logits: Tensor = model(x)
     parts = logits.new_zeros(())
     weight = recipe.distill if labelled else 1.0
     if weight < 1:
@@ -182,9 +182,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, reci
 
 
 @torch.no_grad()
-def predict(
-    model: nn.Module, dataset: torch.utils.data.Dataset[tuple[Tensor, int]], batch: int = 128, limit: int | None = None
-) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, dataset: Images, batch: int = 128, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Logits [N, L] and labels [N] of a whole dataset, in its order."""
     model.eval()
     logits, labels = [], []
@@ -197,9 +195,7 @@ def predict(
 
 
 @torch.no_grad()
-def reestimate_batch_norm(
-    model: nn.Module, dataset: torch.utils.data.Dataset[tuple[Tensor, int]], images: int = 1024, batch: int = 128
-) -> None:
+def reestimate_batch_norm(model: nn.Module, dataset: Images, images: int = 1024, batch: int = 128) -> None:
     """Set the running statistics of batch norms to those of the training data under the present weights."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:

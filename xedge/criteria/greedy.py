@@ -10,6 +10,7 @@ so all C removals together cost O(C^3). One-shot scores throw away both copies o
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from xedge.criteria.di import scale, solve
@@ -23,6 +24,10 @@ Array = NDArray[np.float64]
 def eliminate(inverses: list[Array], readouts: list[Array]) -> tuple[NDArray[np.intp], Array]:
     """Remove all channels one by one, always the one that costs least over all taps.
 
+    The losses need G only through A = G G^T, whose downdate is of rank two:
+
+        A <- A - p u^T - u p^T,  u = a / P_ii - p A_ii / (2 P_ii^2)        (a = column i of A)
+
     Args:
         inverses: P of each tap, [C, C].
         readouts: G of each tap, [C, L].
@@ -30,23 +35,32 @@ def eliminate(inverses: list[Array], readouts: list[Array]) -> tuple[NDArray[np.
     Returns:
         The order of removal, [C], and what each removal costs, [C], in that order.
     """
-    ps = [p.copy() for p in inverses]
-    gs = [g.copy() for g in readouts]
-    left = np.arange(len(ps[0]))
-    order = np.empty(len(left), dtype=np.intp)
-    costs = np.empty(len(left))
-    for step in range(len(order)):
-        loss = np.zeros(len(left))
-        for p, g in zip(ps, gs, strict=True):
-            loss += np.sum(g**2, axis=1) / np.diag(p)
-        i = int(np.argmin(loss))
-        order[step], costs[step] = left[i], loss[i]
-        rest = np.delete(np.arange(len(left)), i)
-        for t, (p, g) in enumerate(zip(ps, gs, strict=True)):
-            column = p[rest, i] / p[i, i]
-            gs[t] = g[rest] - np.outer(column, g[i])
-            ps[t] = p[np.ix_(rest, rest)] - np.outer(column, p[i, rest])
-        left = left[rest]
+    ps = [torch.from_numpy(p.copy()) for p in inverses]
+    taught = [torch.from_numpy(g @ g.T) for g in readouts]
+    size = len(inverses[0])
+    left = torch.arange(size)
+    gone = torch.zeros(size, dtype=torch.bool)
+    order = np.empty(size, dtype=np.intp)
+    costs = np.empty(size)
+    for step in range(size):
+        loss = torch.zeros(len(left), dtype=torch.float64)
+        for p, a in zip(ps, taught, strict=True):
+            loss += a.diagonal().clamp_min(0) / p.diagonal()
+        loss[gone] = torch.inf
+        i = int(loss.argmin())
+        order[step], costs[step] = int(left[i]), float(loss[i])
+        gone[i] = True
+        for p, a in zip(ps, taught, strict=True):
+            column, pii = p[:, i].clone(), float(p[i, i])
+            u = a[:, i] / pii - column * (float(a[i, i]) / (2 * pii * pii))
+            a.addr_(column, u, alpha=-1).addr_(u, column, alpha=-1)
+            p.addr_(column, column, alpha=-1 / pii)
+            p[i, i] = 1.0  # the row is gone; only its diagonal is still divided by
+        if 8 * int(gone.sum()) >= len(left) and len(left) > 16:  # now and then, so that the work shrinks as well
+            rest = ~gone
+            ps = [p[rest][:, rest] for p in ps]
+            taught = [a[rest][:, rest] for a in taught]
+            left, gone = left[rest], gone[rest]
     return order, costs
 
 

@@ -1,0 +1,15 @@
+"""Jetson AGX Orin (Ampere, SM87): TensorRT 10 with JetPack 6, 11 with JetPack 7.2.2."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xedge.targets import tensorrt
+
+TARGET = replace(
+    tensorrt.TARGET,
+    name="jetson-agx-orin",
+    summary="Jetson AGX Orin (Ampere, SM87): TensorRT 10 with JetPack 6, 11 with JetPack 7.2.2",
+    aliases=(),
+    sources=(*tensorrt.TARGET.sources, "NVIDIA, Jetson AGX Orin Series Data Sheet"),
+)

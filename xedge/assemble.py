@@ -1,0 +1,286 @@
+"""Put a run's measured facts together into its report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from torch import nn
+
+from xedge import __version__
+from xedge.data import batches
+from xedge.iterate import RANKED, Result, information
+from xedge.measurement import Comparison, from_json
+from xedge.metrics import macs, parameters, sizes
+from xedge.observe import observe
+from xedge.onnx_graph import Graph
+from xedge.quantize import ScaleTable
+from xedge.report import Iteration, Latency, Layer, Report, Row
+from xedge.run import digest_file, read_json
+from xedge.target import Artifact
+
+if TYPE_CHECKING:
+    from xedge.pipeline import Loaded
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+def assemble(
+    folder: Path,
+    loaded: Loaded,
+    original: nn.Module,
+    result: Result,
+    table: ScaleTable,
+    verified: dict[str, Any],
+    timed: Path | None,
+    models: dict[str, Path],
+    originals: dict[str, Path],
+) -> Report:
+    """The report of a finished run."""
+    from xedge.pipeline import environment
+
+    data, request = loaded.data, loaded.request
+    shape = data.shape
+    before, after = macs(original, shape), macs(result.model, shape)
+    latencies = {} if timed is None else {t: from_json(v) for t, v in read_json(timed).items()}
+    rows: list[Row] = []
+    notes = [*data.notes]
+    for target in loaded.targets:
+        comparison = latencies.get(target.name)
+        base, got = verified["original"], verified["targets"][target.name]
+        for name, facts, count, params, path in (
+            ("original", base, before.total, parameters(original), originals[target.suffix]),
+            ("compressed", got, after.total, parameters(result.model), models[target.name]),
+        ):
+            size = sizes(path)
+            compressed = name == "compressed"
+            rows.append(
+                Row(
+                    name="compressed" if compressed else "original",
+                    target=target.name,
+                    top1=facts.get("top1"),
+                    agreement=facts["agreement"] if compressed else None,
+                    macs=count,
+                    parameters=params,
+                    bytes=size["raw"],
+                    bytes_zstd=size["zstd"],
+                    bytes_brotli=size["brotli"],
+                    latency=latency_of(comparison, compressed),
+                    snr_db=got["snr_db"] if compressed else None,
+                    verified_agreement=got["verified_agreement"] if compressed else None,
+                )
+            )
+        if comparison is not None and target.flavour == "tensorrt":
+            notes.append(
+                f"{target.name}: the latency is this host's, of the same graph in ONNX Runtime; "
+                "build and time the engine on the board"
+            )
+        if got["unmatched"]:
+            notes.append(f"{target.name}: {len(got['unmatched'])} tensors are rounded in the artefact only")
+    if timed is not None:
+        notes.append("latency by the quick protocol, a first look; `xedge bench` gives the standard one")
+    if loaded.trained_here:
+        notes.append(f"{request.model} had no --weights and was trained by xedge on {data.name}")
+    notes.append(
+        f"accuracy on {verified['images']} validation images, read for this report alone; float after pruning: "
+        + _percent(verified["float"], data.classes is not None)
+    )
+    prices = [r["price"] for r in result.records if r.get("price")]
+    price = None
+    if prices and result.chosen:
+        last = prices[min(result.chosen, len(prices)) - 1]
+        price = (
+            f"in the last round widths in multiples of {last['align']} give up {last['aligned']:.2%} of the remaining "
+            f"importance; free widths would give up {last['free']:.2%}"
+        )
+    certificates = [r["certificate"] for r in result.records if r.get("certificate")]
+    put_back = [row for r in result.records for row in r["put_back"]]
+    notes += [f"{name} was put back whole: {why}" for name, why in put_back]
+    return Report(
+        xedge=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        request=request.to_json(),
+        model=request.model,
+        data=f"{data.name}: {len(data.train)} to train, {len(data.select)} to choose, {len(data.val)} to report",
+        teacher="labels, weighted one-hot (Theorem 1)" if data.classes is not None else "the original's logits",
+        environment=environment(),
+        rows=tuple(rows),
+        layers=tuple(_layers(loaded, original, result, table, before.layers, after.layers, models)),
+        iterations=tuple(
+            Iteration(
+                index=r["index"],
+                macs=r["macs"],
+                macs_fraction=r["macs"] / before.total,
+                select_top1=r["quality"] if data.classes is not None else None,
+                select_agreement=r["agreement"],
+                di_total=sum(v[1] for v in r["di"].values()) if r["di"] else None,
+                seconds=r["seconds"],
+                allocation=r["allocation"],
+            )
+            for r in result.records
+        ),
+        stopped_by=f"{result.stopped_by}: {result.reason}",
+        price_of_alignment=price,
+        certificate=certificates[min(result.chosen, len(certificates)) - 1] if certificates and result.chosen else {},
+        artifacts=tuple(_artifact(folder, t.name, models[t.name]) for t in loaded.targets),
+        notes=tuple(notes),
+        planned_bits_mean=table.mean_bits(),
+        commands=(("repeat this run", _command(loaded)), ("time it by the standard protocol", f"xedge bench {folder}")),
+    )
+
+
+def _percent(row: dict[str, Any], labelled: bool) -> str:
+    return f"{row['top1']:.2%} top-1" if labelled else f"{row['agreement']:.2%} agreement with the original"
+
+
+def latency_of(comparison: Any, compressed: bool) -> Latency | None:
+    """One side of an interleaved comparison, as a report's row shows it."""
+    if not isinstance(comparison, Comparison):
+        return None
+    m = comparison.b if compressed else comparison.a
+    interval, ratio = m.interval, comparison.ratio
+    return Latency(
+        median_ms=interval.median,
+        lower_ms=interval.lower,
+        upper_ms=interval.upper,
+        runtime=f"{m.runtime} {m.runtime_version}, {m.threads} thread{'s' if m.threads > 1 else ''}",
+        device=m.device,
+        device_kind=m.device_kind,
+        processes=len(m.processes),
+        ratio=(ratio.median, ratio.lower, ratio.upper) if compressed else None,
+    )
+
+
+def _artifact(folder: Path, target: str, path: Path) -> Artifact:
+    inputs: dict[str, tuple[int, ...]] = {}
+    outputs: dict[str, tuple[int, ...]] = {}
+    if path.suffix == ".onnx":
+        graph = Graph(onnx.load(path))
+        inputs = {n: graph.shapes[n] for n in graph.inputs}
+        outputs = {n: graph.shapes[n] for n in graph.outputs}
+    else:
+        from ai_edge_litert.interpreter import Interpreter
+
+        one = Interpreter(model_path=str(path))
+        inputs = {d["name"]: tuple(int(v) for v in d["shape"]) for d in one.get_input_details()}
+        outputs = {d["name"]: tuple(int(v) for v in d["shape"]) for d in one.get_output_details()}
+    return Artifact(
+        path=str(path.relative_to(folder)),
+        kind=path.suffix[1:],
+        target=target,
+        sha256=digest_file(path),
+        bytes=path.stat().st_size,
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def _layers(
+    loaded: Loaded,
+    original: nn.Module,
+    result: Result,
+    table: ScaleTable,
+    before: dict[str, int],
+    after: dict[str, int],
+    models: dict[str, Path],
+) -> list[Layer]:
+    """One row a convolution or linear layer, in the order of execution."""
+    images = batches(loaded.data.train, loaded.request.batch, shuffle_seed=loaded.request.seed, limit=RANKED)
+    seen = observe(original, result.groups, images, loaded.teacher, gradients=False)
+    whole, kept = information(seen, result.groups), information(seen, result.groups, result.keep)
+    share = {}
+    for g in result.groups.free:
+        for layer in g.producers:
+            if whole.get(g.name):
+                share[layer] = min(1.0, max(0.0, kept[g.name] / whole[g.name]))
+    frozen = dict(result.groups.frozen)
+    bits = table.bits_of()
+    old, new = dict(original.named_modules()), dict(result.model.named_modules())
+    executed = {t.name: _executed(models[t.name], list(bits)) for t in loaded.targets}
+    rows = []
+    for name in before:
+        m, s = old[name], new[name]
+        if not isinstance(m, LAYERS):
+            continue
+        widths = bits.get(name, [])
+        rows.append(
+            Layer(
+                name=name,
+                kind=_kind(m),
+                out_before=_channels(m)[1],
+                out_after=_channels(s)[1],
+                in_before=_channels(m)[0],
+                in_after=_channels(s)[0],
+                macs_before=before[name],
+                macs_after=after.get(name, 0),
+                bits_mean=float(np.mean(widths)) if widths else None,
+                bits_histogram=dict(sorted(Counter(widths).items())),
+                executed_bits={t: e[name] for t, e in executed.items() if name in e},
+                di_kept=share.get(name),
+                frozen=frozen.get(name),
+            )
+        )
+    return rows
+
+
+def _executed(path: Path, layers: list[str]) -> dict[str, int]:
+    """Bits of the arithmetic that the artefact's kernels are given, by layer.
+
+    In ONNX a layer's own DequantizeLinear says so. A .tflite has no names of layers: all are named when every weighted
+    operator in it is int8, none otherwise.
+    """
+    if path.suffix == ".onnx":
+        stored = {n.input[0] for n in Graph(onnx.load(path)).nodes if n.op_type == "DequantizeLinear"}
+        return {name: 8 for name in layers if f"{name}.weight_q" in stored}
+    from ai_edge_litert import schema_py_generated as tfl
+
+    model = tfl.ModelT.InitFromObj(tfl.Model.GetRootAs(path.read_bytes()))
+    weighted = {
+        tfl.BuiltinOperator.CONV_2D,
+        tfl.BuiltinOperator.DEPTHWISE_CONV_2D,
+        tfl.BuiltinOperator.FULLY_CONNECTED,
+        tfl.BuiltinOperator.TRANSPOSE_CONV,
+    }
+    codes = [max(c.builtinCode, c.deprecatedBuiltinCode) for c in model.operatorCodes]
+    graph = model.subgraphs[0]
+    types = {graph.tensors[op.inputs[1]].type for op in graph.operators if codes[op.opcodeIndex] in weighted}
+    return dict.fromkeys(layers, 8) if types == {tfl.TensorType.INT8} else {}
+
+
+def _kind(m: nn.Module) -> str:
+    if isinstance(m, nn.Linear):
+        return "linear"
+    if isinstance(m, nn.ConvTranspose2d):
+        return "transposed conv"
+    groups = getattr(m, "groups", 1)
+    if groups > 1:
+        return "depthwise" if groups == getattr(m, "in_channels", 0) else "grouped conv"
+    return "conv"
+
+
+def _channels(m: nn.Module) -> tuple[int, int]:
+    if isinstance(m, nn.Linear):
+        return m.in_features, m.out_features
+    return int(getattr(m, "in_channels", 0)), int(getattr(m, "out_channels", 0))
+
+
+def _command(loaded: Loaded) -> str:
+    import shlex
+
+    r = loaded.request
+    words = ["xedge", "compress", "-m", r.model, "-d", r.data]
+    for t in r.targets:
+        words += ["--target", t]
+    for flag, value in (
+        ("--weights", r.weights), ("--data-root", r.data_root), ("--macs", r.macs), ("--max-drop", r.max_drop),
+        ("--exclude", r.exclude), ("--base-epochs", r.base_epochs),
+    ):  # fmt: skip
+        if value is not None:
+            words += [flag, str(value)]
+    words += ["--criterion", r.criterion, "--bits", f"{r.bits:g}", "--epochs", str(r.epochs)]
+    words += ["--iterations", str(r.iterations), "--lr", f"{r.lr:g}", "--batch", str(r.batch), "--seed", str(r.seed)]
+    return shlex.join(words)

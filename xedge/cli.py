@@ -1,0 +1,286 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xedge import __version__
+from xedge.errors import XedgeError
+
+if TYPE_CHECKING:
+    from xedge.pipeline import Request
+    from xedge.report import Report
+
+
+class Group(click.Group):
+    """Every error of ours is one line on stderr and its own exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line."""
+        try:
+            return super().main(*args, **kwargs)
+        except XedgeError as e:
+            click.echo(f"xedge: {e}", err=True)
+            sys.exit(e.exit_code)
+        except KeyboardInterrupt:
+            click.echo("xedge: stopped; run the same command again to go on", err=True)
+            sys.exit(130)
+
+
+class Percent(click.ParamType[float]):
+    """A fraction: 0.005 or 0.5%."""
+
+    name = "fraction"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        try:
+            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is neither a fraction nor a percentage", param, ctx)
+
+
+FRACTION = Percent()
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="xedge")
+def main() -> None:
+    """Make a trained CNN small and fast on a real edge device, with proof.
+
+    \b
+    Exit codes: 0 budget met, 1 internal, 2 bad input, 3 latency missed, 4 accuracy missed,
+    5 device absent or lost, 6 graph not supported, 7 inconclusive measurement.
+    """
+
+
+@main.command()
+@click.option("-m", "--model", help="Built-in name, package.module:callable or path/file.py:callable.  [lenet5]")
+@click.option("--weights", type=click.Path(), help=".safetensors, or .pt read as weights only.")
+@click.option("-d", "--data", help="digits, fashion-mnist, imagenet:DIR, folder:DIR, npz:FILE, ...  [digits]")
+@click.option("--data-root", type=click.Path(), help="Folder of the data set's files.")
+@click.option("--target", "targets", multiple=True, help="Repeat for several artefacts of one run.  [jetson]")
+@click.option("--macs", type=FRACTION, help="Fraction of the MACs to keep.  [0.5 where no budget is given]")
+@click.option("--max-drop", type=FRACTION, help="Largest fall of accuracy, 0.5% or 0.005.  [1% likewise]")
+@click.option("--criterion", help="di, diloss, greedy, fback, taylor, magnitude, random.  [fback]")
+@click.option("--bits", type=float, help="Mean bits a weight, 2 to 8.  [8]")
+@click.option("--epochs", type=int, help="Epochs of training after each cut.  [3]")
+@click.option("--iterations", type=int, help="Cuts on the way to the MACs budget.  [4]")
+@click.option("--base-epochs", type=int, help="Epochs for a built-in model without weights.")
+@click.option("--lr", type=float, help="Highest learning rate.  [0.02]")
+@click.option("--batch", type=int, help="Images a training step.  [128]")
+@click.option("--seed", type=int, help="Of everything drawn at random.  [0]")
+@click.option("--exclude", metavar="REGEX", help="Layers whose channels stay.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder.  [runs/MODEL-DATA-DIGEST]")
+@click.option("--resume", is_flag=True, help="Go on with the run in -o; it knows its own options.")
+@click.option("--dry-run", is_flag=True, help="Print groups, plan and predicted cost; write nothing.")
+@click.option("--latency/--no-latency", "timed", default=True, help="Time the artefacts on this host at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def compress(
+    output: Path | None, resume: bool, dry_run: bool, timed: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Prune, quantise, export, verify: a trained CNN in, artefacts and a report out.
+
+    Run the same command again after an interruption: finished steps are skipped.
+    """
+    from xedge import pipeline
+    from xedge.errors import UsageError
+    from xedge.progress import Talk
+    from xedge.run import read_json
+
+    given = {k: v for k, v in options.items() if v is not None and v != ()}
+    if resume:
+        if output is None:
+            raise UsageError("--resume needs the run folder", fix="add -o RUN")
+        if given:
+            raise UsageError(
+                f"--resume takes no {', '.join(sorted(given))}", fix="the run folder knows its own options"
+            )
+        request = pipeline.Request.from_json(read_json(output / "run.json"), str(output))
+    else:
+        request = pipeline.Request(**given)
+    talk = Talk(quiet=quiet)
+    if dry_run:
+        facts = pipeline.dry_run(request, talk)
+        click.echo(json.dumps(facts, indent=1) if as_json else _dry_run_text(facts))
+        return
+    run = pipeline.compress(request, output, talk, latency=timed)
+    report = _read_report(run.folder)
+    if as_json:
+        click.echo((run.folder / "report.json").read_text())
+    else:
+        _print_report(report, run.folder)
+    _judge(request, report, run.folder)
+
+
+def _dry_run_text(facts: dict[str, Any]) -> str:
+    lines = [
+        f"{facts['model']} on {facts['data']}: {facts['macs'] / 1e6:.2f} M MACs, "
+        f"at least {facts['least_macs'] / 1e6:.2f} M with widths in multiples of {facts['align']} "
+        f"for {', '.join(facts['targets'])}",
+    ]
+    if not facts["trained"]:
+        lines.append("the model is untrained: equal shares of every layer stand in for the ranking")
+    names = list(facts["plans"])
+    lines.append(f"{'group':40} {'channels':>9} " + " ".join(f"{n:>9}" for n in names))
+    for g in facts["groups"]:
+        widths = [facts["plans"][n]["keep"].get(g["name"], g["channels"]) for n in names]
+        lines.append(f"{g['name'][:40]:40} {g['channels']:9d} " + " ".join(f"{w:9d}" for w in widths))
+    for n in names:
+        lines.append(f"{n}: {facts['plans'][n]['macs'] / facts['macs']:.1%} of the MACs")
+    lines += [f"stays whole: {layer}: {why}" for layer, why in facts["frozen"]]
+    return "\n".join(lines)
+
+
+def _read_report(folder: Path) -> Report:
+    from xedge.report import read_json
+
+    return read_json(folder / "report.json")
+
+
+def _print_report(report: Report, folder: Path) -> None:
+    from rich.console import Console
+
+    from xedge.report import print_report
+
+    print_report(report, Console())
+    click.echo(f"\nrun folder  {folder}\nreport      {folder / 'report.html'}")
+
+
+def _judge(request: Request, report: Report, folder: Path) -> None:
+    """Exit code 4 when the floor was broken, or stopped the run before its MACs budget."""
+    from xedge.errors import AccuracyMissed
+    from xedge.run import read_json
+
+    budget = request.budget()
+    if report.stopped_by.startswith("floor") and budget.macs is not None:
+        raise AccuracyMissed(
+            f"the accuracy floor stopped the run before --macs {budget.macs:g}: {report.stopped_by}",
+            fix="allow a larger --max-drop, train longer with --epochs, or keep more MACs",
+        )
+    if budget.max_drop is None:
+        return
+    verified = read_json(folder / "verify.json")
+    for name, row in verified["targets"].items():
+        n = verified["images"]
+        if "top1" in row:
+            drop = verified["original"]["top1"] - row["top1"]
+            noise = 1.96 * (row["lost"] + row["won"]) ** 0.5 / n
+        else:
+            drop = 1 - row["agreement"]
+            noise = 1.96 * (row["agreement"] * drop / n) ** 0.5
+        if drop - noise > budget.max_drop:
+            raise AccuracyMissed(
+                f"fell by {drop:.2%} on validation data, more than --max-drop {budget.max_drop:.2%}",
+                where=name,
+                fix="give more --bits, or keep more MACs",
+            )
+        if drop > budget.max_drop:
+            click.echo(
+                f"xedge: {name}: fell by {drop:.2%} on validation data; with {n} images that cannot be told from "
+                f"--max-drop {budget.max_drop:.2%}",
+                err=True,
+            )
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--device", default="local", show_default=True, help="Where to time.")
+@click.option("--protocol", default="standard", show_default=True, help="reference, standard or quick.")
+@click.option("--threads", default=1, show_default=True, help="Threads of the runtime.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON lines.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def bench(run: Path, device: str, protocol: str, threads: int, as_json: bool, quiet: bool) -> None:
+    """Time a run's artefacts, original against compressed, interleaved; append to RUN/bench.jsonl."""
+    from xedge.bench import bench_run
+    from xedge.measurement import to_json
+    from xedge.progress import Talk
+
+    for target, comparison in bench_run(run, device, protocol, threads, Talk(quiet=quiet)):
+        if as_json:
+            click.echo(json.dumps({"target": target, **to_json(comparison)}))
+            continue
+        a, b, ratio = comparison.a.interval, comparison.b.interval, comparison.ratio
+        click.echo(
+            f"{target}: original {a.median:.3f} ms [{a.lower:.3f}, {a.upper:.3f}], compressed {b.median:.3f} ms "
+            f"[{b.lower:.3f}, {b.upper:.3f}], ratio {ratio.median:.2f} [{ratio.lower:.2f}, {ratio.upper:.2f}], "
+            f"{comparison.finding} on {comparison.a.device} ({comparison.a.device_kind}), {comparison.a.runtime} "
+            f"{comparison.a.runtime_version}, {len(comparison.ratios)} pairs"
+        )
+        if comparison.verdict != "ok":
+            click.echo(f"xedge: {target}: {comparison.verdict}: {comparison.reason}", err=True)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--html", is_flag=True, help="Say where the page is, instead of printing the tables.")
+@click.option("--markdown", is_flag=True, help="Print Markdown.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def report(run: Path, html: bool, markdown: bool, as_json: bool) -> None:
+    """Print a run's report, and write report.json and report.html anew with what was measured since."""
+    from xedge.bench import refresh
+    from xedge.report import markdown as as_markdown
+
+    found = refresh(run)
+    if as_json:
+        click.echo((run / "report.json").read_text())
+    elif markdown:
+        click.echo(as_markdown(found))
+    elif html:
+        click.echo(run / "report.html")
+    else:
+        _print_report(found, run)
+
+
+@main.command(name="list")
+@click.argument("what", type=click.Choice(["models", "data", "targets", "criteria"]))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(what: str, as_json: bool) -> None:
+    """Print what there is to name."""
+    from xedge import load
+
+    if what == "models":
+        rows = {n: line for n, (_, line) in load.models().items()}
+    elif what == "data":
+        rows = load.data_kinds()
+    elif what == "criteria":
+        rows = load.criteria()
+    else:
+        rows = {
+            n: t.summary + (f" (also: {', '.join(t.aliases)})" if t.aliases else "") for n, t in load.targets().items()
+        }
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    width = max(map(len, rows))
+    for name, line in rows.items():
+        click.echo(f"{name:{width}}  {line}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> None:
+    """Say what is installed, what is missing, and the command that installs it."""
+    from dataclasses import asdict
+
+    from xedge.doctor import examine, healthy
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([asdict(f) for f in findings], indent=1))
+    else:
+        width = max(len(f.name) for f in findings)
+        for f in findings:
+            fix = f"  ->  {f.fix}" if f.fix and f.status != "ok" else ""
+            click.echo(f"{f.status:8} {f.name:{width}}  {f.found or '-'}  ({f.needed_for}){fix}")
+    if not healthy(findings):
+        raise SystemExit(2)

@@ -1,0 +1,357 @@
+"""PS-iteration (Algorithm 1 of the paper): cut the channels that matter least, train, measure, repeat.
+
+Everything here reads training data only: `train` to rank and to fine-tune, `select` (held back from it) to choose
+between allocations and to hold the accuracy floor. Each iteration writes two sealed files, the plan and the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from xedge import load
+from xedge.criteria import Criterion
+from xedge.criteria.di import EPS, scale, solve
+from xedge.data import Data, batches
+from xedge.errors import UsageError
+from xedge.fold import fold
+from xedge.groups import Groups
+from xedge.metrics import agreement, macs, topk
+from xedge.observe import Observed, observe
+from xedge.plan import Budget, Costs, How, Keep, allocate, loss_of, reachable
+from xedge.progress import Talk
+from xedge.prune import apply_spec, cut, cut_spec, prune
+from xedge.run import Run, read_json
+from xedge.teacher import Teacher
+from xedge.train import Recipe, fit, predict, reestimate_batch_norm
+
+RANKED = 1024
+"""Training images that rank the channels."""
+CHOSEN = 1024
+"""Images of `select` that compare allocations."""
+STEP = 0.15
+"""Without a MACs budget each iteration takes this part of what is left."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the iteration, besides the model and the data."""
+
+    criterion: str
+    budget: Budget
+    align: int
+    epochs: int
+    iterations: int
+    lr: float
+    seed: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The best model that satisfies the floor.
+
+    Attributes:
+        keep: over the original's channels.
+        groups: of the original, with what the certificate put back frozen.
+        weights: the iteration's file, or None when the original itself is the best.
+        records: one for the original and one for each iteration.
+        stopped_by: ``budget``, ``floor`` or ``widths`` (nothing more can be cut), and why.
+        chosen: index of the iteration that is returned.
+    """
+
+    model: nn.Module
+    keep: Keep
+    groups: Groups
+    records: tuple[dict[str, Any], ...]
+    stopped_by: str
+    reason: str
+    chosen: int
+
+
+def compose(total: Keep, then: Mapping[str, Any]) -> Keep:
+    """Masks over the original's channels after a further cut of what `total` left."""
+    out = {name: mask.copy() for name, mask in total.items()}
+    for name, mask in then.items():
+        left = np.flatnonzero(out[name])
+        out[name][left[~np.asarray(mask, bool)]] = False
+    return out
+
+
+def score_all(criterion: Criterion, groups: Groups, observed: Observed) -> dict[str, Any]:
+    """Scores of every group that can be cut and is seen by a consumer."""
+    scores = {}
+    for g in groups.free:
+        if observed.of(g):
+            s = criterion(g, observed, np.ones(g.size, bool))
+            if s.shape != (g.size,) or not np.isfinite(s).all():
+                raise UsageError(f"the criterion gave {s.shape} scores, some not finite", where=g.name, fix="check it")
+            scores[g.name] = s
+    return scores
+
+
+def information(observed: Observed, groups: Groups, keep: Keep | None = None) -> dict[str, float]:
+    """DI of each group's channels relative to the most there can be, averaged over its taps; of the kept ones only
+    when `keep` is given."""
+    out = {}
+    for g in groups.free:
+        parts = []
+        for seen, columns in observed.of(g):
+            index = np.arange(columns.start, columns.stop)
+            m = seen.pooled.select(index if keep is None else index[keep[g.name]])
+            parts.append(solve(m, observed.teacher, EPS, standardise=True).di / scale(m, observed.teacher))
+        if parts:
+            out[g.name] = float(np.mean(parts))
+    return out
+
+
+def costs_of(model: nn.Module, shape: tuple[int, ...], groups: Groups) -> Costs:
+    """MACs of the model as it is, by layer and group."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return Costs.of(macs(model, shape).layers, shapes, groups)
+
+
+def dislike(logits: Tensor, labels: Tensor, original: Tensor, labelled: bool) -> float:
+    """What allocations are compared by: cross-entropy with the labels, or KL from the original's answers."""
+    log_p = torch.log_softmax(logits.float(), 1)
+    if labelled:
+        return float(nn.functional.nll_loss(log_p, labels))
+    taught = torch.log_softmax(original.float(), 1)
+    return float(nn.functional.kl_div(log_p, taught, reduction="batchmean", log_target=True))
+
+
+def quality(logits: Tensor, labels: Tensor, original: Tensor, labelled: bool) -> float:
+    """Top-1 accuracy, or agreement with the original where there are no labels."""
+    return topk(logits, labels) if labelled else agreement(logits, original)
+
+
+def ps_iteration(
+    run: Run,
+    factory: Callable[[], nn.Module],
+    original: nn.Module,
+    weights: Path,
+    groups: Groups,
+    groups_file: Path,
+    data: Data,
+    teacher: Teacher,
+    settings: Settings,
+    talk: Talk,
+) -> Result:
+    """Cut and train until the MACs budget is met or the accuracy on `select` falls below the floor.
+
+    Raises:
+        UsageError: no widths reach the MACs budget.
+    """
+    labelled = data.classes is not None
+    total_macs = macs(original, data.shape).total
+    base_logits, labels = predict(original, data.select)
+    base = quality(base_logits, labels, base_logits, labelled)
+    floor = None if settings.budget.max_drop is None else base - settings.budget.max_drop
+    records: list[dict[str, Any]] = [
+        {
+            "index": 0, "macs": total_macs, "quality": base, "agreement": 1.0, "allocation": "", "di": None,
+            "seconds": 0.0, "put_back": [], "certificate": None, "price": None,
+        }
+    ]  # fmt: skip
+    total: Keep = {g.name: np.ones(g.size, bool) for g in groups.groups}
+    criterion = load.load_criterion(settings.criterion)
+    goal = settings.budget.macs
+    costs = costs_of(original, data.shape, groups)
+    if goal is not None:
+        sizes = {g.name: (g.size, g.size) for g in groups.free}
+        least = reachable(costs, sizes, settings.align) + (total_macs - costs.total({}))
+        if least > goal * total_macs:
+            raise UsageError(
+                f"the MACs budget of {goal:.1%} cannot be met: {least / total_macs:.1%} is the least that the channels "
+                f"which can be cut leave in multiples of {settings.align}",
+                fix="raise --macs, or see `xedge compress --dry-run` for what is frozen and why",
+            )
+    sizes_before = {g.name: g.size for g in groups.groups}
+    best = (original, total, 0)
+    current, stopped, reason = original, "budget", "no MACs budget below the original was asked"
+    index = 0
+    previous: Path = weights
+    while goal is None or records[-1]["macs"] > goal * total_macs * (1 + 1e-9):
+        index += 1
+        target = _next(records[-1]["macs"] / total_macs, goal, settings.iterations, index) * total_macs
+        inputs = {"weights": previous, "groups": groups_file, "target": target, **_facts(settings), "data": data.name}
+        now, model = groups.after(total), current
+
+        def plan(
+            path: Path, now: Groups = now, model: nn.Module = model, target: float = target, i: int = index
+        ) -> None:
+            record = _plan(model, now, data, teacher, criterion, settings, target, base_logits, sizes_before, talk, i)
+            path.write_text(json.dumps(record, sort_keys=True) + "\n")
+
+        plan_file = run.step(f"prune/{index:03d}.json", inputs, plan)
+        record = read_json(plan_file)
+        if not record["cut"]:
+            stopped, reason = "widths", "no channel is left that may be cut"
+            break
+        groups = groups.freeze({name: why for name, why in record["put_back"] if name in groups})
+        then = {n: _mask(kept, now[n].size) for n, kept in record["keep"].items()}
+        total = compose(total, then)
+
+        def tune(
+            path: Path, then: Keep = then, now: Groups = now, model: nn.Module = model, index: int = index
+        ) -> None:
+            started = time.monotonic()
+            seen = _observe(model, now, data, teacher, settings, gradients=False)
+            small = cut(fold(model, now, then, seen), now, then)
+            reestimate_batch_norm(small, data.train)
+            recipe = Recipe(
+                epochs=settings.epochs, lr=settings.lr, batch=settings.batch, seed=settings.seed + index,
+                distill=0.0 if labelled else 1.0,
+            )  # fmt: skip
+            checkpoint = run.folder / "prune" / f".{index:03d}.checkpoint.safetensors"
+            fit(small, data, recipe, original=original, checkpoint=checkpoint, talk=talk, what=f"iteration {index}")
+            logits, y = predict(small, data.select)
+            meta = {
+                "macs": macs(small, data.shape).total,
+                "quality": quality(logits, y, base_logits, labelled),
+                "agreement": agreement(logits, base_logits),
+                "seconds": time.monotonic() - started,
+            }
+            tensors = {k: v.detach().clone().contiguous() for k, v in small.state_dict().items()}
+            save_file(tensors, path, {"record": json.dumps(meta)})
+            checkpoint.unlink(missing_ok=True)
+
+        tune_inputs = {"weights": previous, "plan": plan_file, **_facts(settings), "data": data.name}
+        previous = run.step(f"prune/{index:03d}.safetensors", tune_inputs, tune)
+        with safe_open(previous, "pt") as f:
+            meta = json.loads(f.metadata()["record"])
+        seconds = meta["seconds"] + record["seconds"]
+        records.append({**{k: v for k, v in record.items() if k not in ("keep", "cut")}, **meta, "seconds": seconds})
+        current = restore(factory(), groups, total, previous)
+        word = "top-1" if labelled else "agreement"
+        talk.say(
+            f"  iteration {index}: {meta['macs'] / total_macs:.1%} of MACs, {word} on held-back training data "
+            f"{meta['quality']:.2%} (original {base:.2%}), allocation {record['allocation']}"
+        )
+        if floor is not None and meta["quality"] < floor - 1e-12:
+            stopped = "floor"
+            reason = (
+                f"iteration {index} fell to {meta['quality']:.2%} on held-back data, below the floor of {floor:.2%}"
+            )
+            break
+        best = (current, total, index)
+        reason = f"the MACs budget was met at {meta['macs'] / total_macs:.1%} of the original"
+    return Result(best[0], best[1], groups, tuple(records), stopped, reason, best[2])
+
+
+def _facts(settings: Settings) -> dict[str, Any]:
+    return {"settings": {**settings.__dict__, "budget": settings.budget.__dict__}}
+
+
+def _mask(kept: list[int], size: int) -> Any:
+    mask = np.zeros(size, bool)
+    mask[kept] = True
+    return mask
+
+
+def _next(now: float, goal: float | None, iterations: int, index: int) -> float:
+    """The next MACs fraction: equal ratios to the goal, or STEP less."""
+    if goal is None:
+        return now * (1 - STEP)
+    left = max(1, iterations - index + 1)
+    return max(goal, now * (goal / now) ** (1 / left)) if now > goal else goal
+
+
+def _observe(
+    model: nn.Module, groups: Groups, data: Data, teacher: Teacher, settings: Settings, *, gradients: bool
+) -> Observed:
+    images = batches(data.train, settings.batch, shuffle_seed=settings.seed, limit=RANKED)
+    return observe(model, groups, images, teacher, gradients=gradients, seed=settings.seed)
+
+
+def _plan(
+    model: nn.Module,
+    now: Groups,
+    data: Data,
+    teacher: Teacher,
+    criterion: Criterion,
+    settings: Settings,
+    target: float,
+    base_logits: Tensor,
+    originals: Mapping[str, int],
+    talk: Talk,
+    index: int,
+) -> dict[str, Any]:
+    """One iteration's choice, as JSON."""
+    started = time.monotonic()
+    labelled = data.classes is not None
+    talk.say(f"  iteration {index}: ranking channels by {settings.criterion}")
+    observed = _observe(model, now, data, teacher, settings, gradients=load.needs_gradients(settings.criterion))
+    scores = score_all(criterion, now, observed)
+    costs = costs_of(model, data.shape, now)
+    outside = macs(model, data.shape).total - costs.total({})
+    sizes = {n: originals[n] for n in scores}
+    reach = reachable(costs, {n: (now[n].size, sizes[n]) for n in scores}, settings.align) + outside
+    if reach >= costs.total({}) + outside or not scores:
+        return {"cut": False}
+    target = max(target, reach)  # an iteration may have to stop short; the loop ends when nothing more goes
+    found: dict[str, tuple[float, Keep, float]] = {}
+    count = min(CHOSEN, len(data.select))
+    hows: tuple[How, ...] = ("uniform", "global")
+    for how in hows:
+        keep = allocate(scores, costs, target - outside, originals=sizes, align=settings.align, how=how)
+        if all(k.all() for k in keep.values()):
+            continue
+        small = cut(fold(model, now, keep, observed), now, keep)
+        reestimate_batch_norm(small, data.train, images=512)
+        logits, y = predict(small, data.select, limit=count)
+        found[how] = (dislike(logits, y, base_logits[:count], labelled), keep, loss_of(scores, keep))
+    if not found:
+        return {"cut": False}
+    chosen = min(found, key=lambda h: (found[h][0] if math.isfinite(found[h][0]) else math.inf, h))
+    keep = found[chosen][1]
+    example = torch.stack([data.train[0][0]])
+    proven = prune(model, now, keep, example)
+    price = None
+    if settings.align > 1:
+        free = allocate(
+            scores,
+            costs,
+            target - outside,
+            originals=sizes,
+            align=1,
+            how="uniform" if chosen == "uniform" else "global",
+        )
+        whole = sum(float(s.sum()) for s in scores.values()) or 1.0
+        price = {
+            "align": settings.align,
+            "aligned": loss_of(scores, keep) / whole,
+            "free": loss_of(scores, free) / whole,
+        }
+    before, after = information(observed, now), information(observed, now, proven.keep)
+    return {
+        "cut": any(not k.all() for k in proven.keep.values()),
+        "index": index,
+        "keep": {n: np.flatnonzero(k).tolist() for n, k in proven.keep.items()},
+        "put_back": [list(row) for row in proven.put_back],
+        "certificate": proven.certificate.__dict__,
+        "allocation": chosen,
+        "candidates": {h: f[0] for h, f in found.items()},
+        "price": price,
+        "di": {n: [before[n], after[n]] for n in before},
+        "seconds": time.monotonic() - started,
+    }
+
+
+def restore(model: nn.Module, groups: Groups, keep: Keep, weights: Path) -> nn.Module:
+    """The cut architecture with a file's weights, in eval mode."""
+    small = apply_spec(copy.deepcopy(model), cut_spec(groups, keep))
+    small.load_state_dict(load_file(weights))
+    return small.eval()
