@@ -395,7 +395,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--min-runs", type=int, default=100)
     parser.add_argument("--max-seconds", type=float, default=120.0)
-    parser.add_argument("--max-runs", type=int, default=100_000, help="kept in the output")
+    parser.add_argument("--max-runs", type=int, default=20_000, help="kept in the output")
     parser.add_argument("--warmup-seconds", type=float, default=0.2, help="warm up at least so long")
     parser.add_argument("--warmup-cap", type=float, default=30.0, help="not steady by then: say so and go on")
     parser.add_argument("--seed", type=int, default=0)
