@@ -158,9 +158,9 @@ def window(e: Emitter, node: Node, kernel: Sequence[int]) -> Window:
     )
 
 
-def pad(e: Emitter, x: Value, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> Value:
+def pad(e: Emitter, x: Value, before: Sequence[int] | Array, after: Sequence[int] | Array, value: float = 0.0) -> Value:
     """Constant padding of the spatial axes of an NHWC value; the fill is rounded to the value's grid."""
-    if not any((*before, *after)):
+    if not (any(before) or any(after)):
         return x
     amounts = np.array([[0, 0], [before[0], after[0]], [before[1], after[1]], [0, 0]])
     shape = [
@@ -262,9 +262,9 @@ def conv_transpose(e: Emitter, node: Node) -> None:
     auto = node.attrs.get("auto_pad", "NOTSET")
     pads = list(node.attrs.get("pads") or (0, 0, 0, 0))
     for d in range(2):
-        total = full[d] + extra[d] - out[2 + d]
+        total = max(full[d] + extra[d] - out[2 + d], 0)
         if auto in ("SAME_UPPER", "SAME_LOWER") or node.attrs.get("output_shape"):
-            pads[d] = total - total // 2 if auto == "SAME_LOWER" else total // 2
+            pads[d] = total // 2 if auto == "SAME_UPPER" else total - total // 2
         elif auto == "VALID":
             pads[d] = 0
     # Without a clamp before the cut: the activation acts on each element alone.
@@ -349,11 +349,11 @@ def slice_nhwc(e: Emitter, x: Value, begin: Sequence[int], size: Sequence[int]) 
 
 def linear(e: Emitter, node: Node) -> None:
     """Gemm and MatMul with constant weights: FULLY_CONNECTED; MatMul of two activations: BATCH_MATMUL."""
-    if node.inputs[1] not in e.graph.consts:
-        if node.op == "MatMul":
-            _matmul(e, node)
-            return
-        e.const(node, 1, "weight")
+    plain = node.inputs[1] in e.graph.consts and e.graph.consts[node.inputs[1]].ndim == 2
+    if node.op == "MatMul" and not plain:
+        _matmul(e, node)
+        return
+    e.const(node, 1, "weight")
     real = e.graph.consts[node.inputs[1]]
     alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
     x = e.read(node)
@@ -418,13 +418,27 @@ def _pointwise(e: Emitter, node: Node, x: Value, weights: Weights, bias: Array |
 
 
 def _matmul(e: Emitter, node: Node) -> None:
-    x, y = e.plain(e.read(node, 0)), e.plain(e.read(node, 1))
-    if len(x.shape) < 2 or len(y.shape) < 2:
-        raise UnsupportedGraph("an operand is a vector", where=str(node), fix="give it two axes")
+    sides = []
+    for position, name in enumerate(node.inputs[:2]):
+        if e.is_activation(name):
+            value = e.plain(e.read(node, position))
+            rank, index = len(value.shape), value.index
+        else:
+            held = e.graph.stored.get(name)
+            if e.grid(node) is not None and (held is None or held.scale.size > 1):
+                raise UnsupportedGraph("its constant has no int8 scale", where=str(node), fix="quantise it per tensor")
+            grid = None
+            if e.grid(node) is not None and held is not None:
+                grid = Grid(float(held.scale.reshape(())), int(held.zero_point.reshape(())))
+            rank, index = e.graph.consts[name].ndim, e.on_grid(name, e.graph.consts[name], grid)
+        if rank < 2:
+            raise UnsupportedGraph("an operand is a vector", where=str(node), fix="give it two axes")
+        sides.append(index)
+    like = e.raw(next(name for name in node.inputs if e.is_activation(name)))
     shape = e.graph.shapes[node.outputs[0]]
     options = schema.BatchMatMulOptionsT()
     made = e.emit(
-        "BATCH_MATMUL", [x.index, y.index], x, node.outputs[0],
+        "BATCH_MATMUL", sides, like, node.outputs[0],
         shape=shape, perm=range(len(shape)), grid=e.grid(node), options=options,
     )  # fmt: skip
     e.finish(node, e.clamp(made, node.clip))

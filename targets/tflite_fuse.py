@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .tflite_graph import Graph, Node, spread_grids
+from .tflite_graph import Graph, Grid, Node, spread_grids
 
 Array = NDArray[Any]
 
@@ -24,6 +25,14 @@ FUSED: Final[Mapping[tuple[float, float], str]] = {
     (-1.0, 1.0): "RELU_N1_TO_1",
 }
 """Clamps that TFLite operators can carry, and their names in ActivationFunctionType."""
+
+FIXED: Final[Mapping[str, Grid]] = {
+    "Sigmoid": Grid(1 / 256, -128),
+    "Softmax": Grid(1 / 256, -128),
+    "Tanh": Grid(1 / 128, 0),
+}
+"""Output grids that TFLite's kernels fix (quantisation specification). Another grid costs a QUANTIZE after it,
+and a finer one than these gains nothing."""
 
 _CARRIERS = ("Conv", "Gemm", "MatMul", "Add", "Sub", "Mul")
 _REARRANGED = ("Reshape", "Transpose", "DepthToSpace", "SpaceToDepth", "Resize", "Concat")
@@ -38,6 +47,9 @@ def fuse(graph: Graph) -> None:
     _biases(graph)
     _hard_swishes(graph)
     _clips(graph)
+    _shuffled_outputs(graph)
+    spread_grids(graph, _REARRANGED, _BOUNDED)
+    _known_ranges(graph)
     spread_grids(graph, _REARRANGED, _BOUNDED)
 
 
@@ -200,3 +212,60 @@ def _clips(graph: Graph) -> None:
             made[node.outputs[0]] = before
             kept.pop()
     graph.nodes = kept
+
+
+def _shuffled_outputs(graph: Graph) -> None:
+    """DepthToSpace CRD becomes TFLite's DCR by reordering the output channels of the convolution before it."""
+    reads, made = graph.consumers(), graph.producers()
+    for node in graph.nodes:
+        if node.op != "DepthToSpace" or node.attrs.get("mode", "DCR") != "CRD":
+            continue
+        before, x = made.get(node.inputs[0]), node.inputs[0]
+        if before is None or before.op != "Conv" or before.attrs.get("group", 1) != 1:
+            continue
+        if reads[x] != 1 or x in graph.outputs.values() or any(i not in graph.consts for i in before.inputs[1:] if i):
+            continue
+        order = np.arange(graph.shapes[x][1]).reshape(-1, node.attrs["blocksize"] ** 2).T.reshape(-1)
+        for position, name in enumerate(before.inputs[1:], start=1):
+            if not name:
+                continue
+            moved = f"{name}/{node.name}"
+            graph.consts[moved] = graph.consts[name][order]
+            if (held := graph.stored.get(name)) is not None:
+                spread = held.scale.size > 1 and held.axis == 0
+                graph.stored[moved] = replace(
+                    held,
+                    values=held.values[order],
+                    scale=held.scale[order] if spread else held.scale,
+                    zero_point=held.zero_point[order] if spread else held.zero_point,
+                )
+            before.inputs[position] = moved
+        node.attrs = {**node.attrs, "mode": "DCR"}
+
+
+def _known_ranges(graph: Graph) -> None:
+    """A grid for activations whose range follows from the input's grid, where the quantiser left one out.
+
+    ONNX Runtime's quantize_static does so before operators that it does not quantise; without this they are islands of
+    float. A graph output without a grid stays float: the caller asked for it.
+    """
+    for node in graph.nodes:
+        x, y = graph.grids.get(node.inputs[0]), node.outputs[0]
+        if x is None or y in graph.grids or y in graph.outputs.values():
+            continue
+        image = _image(node, x.scale * (np.arange(-128, 128) - x.zero_point))
+        if node.op in FIXED:
+            graph.grids[y] = FIXED[node.op]
+        elif image is not None:
+            bottom, top = min(float(image.min()), 0.0), max(float(image.max()), 1e-9)
+            scale = float(np.float32((top - bottom) / 255))
+            graph.grids[y] = Grid(scale, round(-128 - bottom / scale))
+
+
+def _image(node: Node, points: Array) -> Array | None:
+    """An activation function on every point of its input's grid."""
+    if node.op == "HardSigmoid":
+        return np.asarray(np.clip(node.attrs.get("alpha", 0.2) * points + node.attrs.get("beta", 0.5), 0, 1))
+    if node.op == "HardSwish":
+        return np.asarray(points * np.clip(points / 6 + 0.5, 0, 1))
+    return None

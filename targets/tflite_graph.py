@@ -283,6 +283,8 @@ def _collapse(
             else:
                 grids[proto.output[0]] = grid
                 nodes.append(Node("Requantize", name, [source], [proto.output[0]]))
+        elif _trains(proto, consts):
+            raise UnsupportedGraph(f"{proto.op_type} is in training mode", where=name, fix="export in eval mode")
         elif _is_identity(proto):
             moved[proto.output[0]] = inputs[0]
         else:
@@ -290,6 +292,13 @@ def _collapse(
             attrs = {k: v.decode() if isinstance(v, bytes) else v for k, v in attrs.items()}
             nodes.append(Node(proto.op_type, name, inputs, [o for o in proto.output if o], attrs))
     return nodes, grids, alias
+
+
+def _trains(proto: onnx.NodeProto, consts: dict[str, Array]) -> bool:
+    """Dropout that drops, BatchNormalization on the batch's own statistics."""
+    if proto.op_type == "Dropout" and len(proto.input) > 2 and proto.input[2]:
+        return bool(np.any(consts.get(proto.input[2], np.True_)))
+    return proto.op_type == "BatchNormalization" and any(a.name == "training_mode" and a.i for a in proto.attribute)
 
 
 def _is_identity(proto: onnx.NodeProto) -> bool:

@@ -278,7 +278,7 @@ def _coordinates(how: str, out: int, size: int, factor: float, mode: str) -> Arr
     if how == "asymmetric":
         return i / factor
     if how == "align_corners":
-        return i * (size - 1) / max(out - 1, 1)
+        return i * (size - 1) / (factor * size - 1) if out > 1 else i
     if how == "half_pixel_symmetric":
         return size / 2 * (1 - out / (factor * size)) + (i + 0.5) / factor - 0.5
     if how == "pytorch_half_pixel" and out == 1:

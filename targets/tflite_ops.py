@@ -15,16 +15,10 @@ from xedge.errors import UnsupportedGraph
 
 from .tflite_conv import Weights, Window, convolve
 from .tflite_emit import NHWC, Emitter, Value, activation
+from .tflite_fuse import FIXED
 from .tflite_graph import Grid, Node
 
 Array = NDArray[Any]
-
-# TFLite fixes these output grids (quantisation specification); another grid is reached by a QUANTIZE after it.
-_FIXED: Final[Mapping[str, Grid]] = {
-    "LOGISTIC": Grid(1 / 256, -128),
-    "SOFTMAX": Grid(1 / 256, -128),
-    "TANH": Grid(1 / 128, 0),
-}
 
 
 def binary(e: Emitter, node: Node) -> None:
@@ -159,7 +153,7 @@ def unary(e: Emitter, node: Node) -> None:
         "LEAKY_RELU": lambda: schema.LeakyReluOptionsT(alpha=float(node.attrs.get("alpha", 0.01))),
     }.get(code, lambda: None)()
     if grid is not None:
-        grid = _FIXED.get(code, grid)
+        grid = FIXED.get(node.op, grid)
     made = e.emit(code, [x.index], x, node.outputs[0], grid=grid, options=options)
     e.finish(node, replace(made, columns=x.columns))
 
@@ -202,7 +196,7 @@ def softmax(e: Emitter, node: Node) -> None:
     axis = node.attrs.get("axis", -1) % len(x.shape)
     if x.perm[-1] != axis:
         x = e.layout(x, [*(a for a in x.perm if a != axis), axis])
-    grid = None if e.grid(node) is None else _FIXED["SOFTMAX"]
+    grid = None if e.grid(node) is None else FIXED["Softmax"]
     options = schema.SoftmaxOptionsT(beta=1.0)
     e.finish(node, e.emit("SOFTMAX", [x.index], x, node.outputs[0], grid=grid, options=options))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -11,7 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from xedge.errors import UnsupportedGraph
 
-from .tflite_conv import Weights, Window, convolve, pad, padded, window
+from .tflite_conv import Weights, Window, convolve, pad, padded, slice_nhwc, window
 from .tflite_emit import Emitter, Value
 from .tflite_graph import Grid, Node
 
@@ -67,40 +68,81 @@ def _dilated_max(e: Emitter, x: Value, frame: Window, shape: Sequence[int]) -> V
 
 
 def average_pool(e: Emitter, node: Node) -> None:
-    """AveragePool: AVERAGE_POOL_2D where TFLite counts as ONNX does; else a depthwise convolution or a correction."""
+    """AveragePool: AVERAGE_POOL_2D where TFLite counts as ONNX does, else region by region of equal window sizes."""
     frame = window(e, node, node.attrs["kernel_shape"])
     x, grid = e.nhwc(e.read(node), node), e.grid(node)
     shape = e.graph.shapes[node.outputs[0]]
-    area = frame.kernel[0] * frame.kernel[1]
     inside = frame.taps(padded=False)
     divisor = frame.taps(padded=True) if node.attrs.get("count_include_pad") else inside
-    if frame.out == (1, 1) and inside.item() == divisor.item() == x.shape[2] * x.shape[3]:
-        e.finish(node, mean(e, x, (2, 3), grid, keep=True))
-        return
     own = frame.style is not None and np.array_equal(divisor, inside) and frame.dilation == (1, 1)
-    if own and grid == x.grid:
-        made = _pool(e, "AVERAGE_POOL_2D", x, frame, int(getattr(schema.Padding, str(frame.style))), shape)
-    elif np.all(divisor == area) and (grid is not None or frame.dilation != (1, 1)):
-        # AVERAGE_POOL_2D cannot change the grid; a depthwise convolution by ones can, and pads as ONNX counts.
-        x, style = padded(e, x, frame)
-        ones = np.ones((x.shape[1], 1, *frame.kernel))
-        weights = Weights(ones * 127, np.full(x.shape[1], 1 / (area * 127.0))) if grid is not None else None
-        made = convolve(
-            e, node.outputs[0], x, (ones / area).astype(np.float32), weights, None, frame, style, shape, grid, node
-        )
-    elif frame.dilation != (1, 1):
-        raise UnsupportedGraph("a dilated window over padding", where=str(node), fix="count the padding or drop it")
-    elif own:
+    if frame.out == (1, 1) and inside.item() == divisor.item() == x.shape[2] * x.shape[3]:
+        made = mean(e, x, (2, 3), grid, keep=True)
+    elif own and grid == x.grid:
         made = _pool(e, "AVERAGE_POOL_2D", x, frame, int(getattr(schema.Padding, str(frame.style))), shape)
     else:
-        x = pad(e, x, frame.before, frame.needed_after)
-        made = _pool(e, "AVERAGE_POOL_2D", x, frame, int(schema.Padding.VALID), shape)
-        if np.any(divisor != area):
-            ratio = (area / divisor).reshape(1, *divisor.shape, 1)
-            factor = e.on_grid("ratio", ratio, None if grid is None else Grid(float(ratio.max()) / 255, -128))
-            options = schema.MulOptionsT(fusedActivationFunction=0)
-            made = e.emit("MUL", [made.index, factor], made, "corrected", grid=grid, options=options)
+        if node.attrs.get("count_include_pad"):
+            x = pad(e, x, frame.before, np.minimum(frame.after, frame.needed_after))
+            frame = replace(frame, size=(x.shape[2], x.shape[3]), before=(0, 0), after=(0, 0))
+        made = _by_region(e, node, x, frame, grid)
     e.finish(node, made)
+
+
+def _by_region(e: Emitter, node: Node, x: Value, frame: Window, grid: Grid | None) -> Value:
+    """Averages over windows cut at the border: one unpadded pooling for each run of equally cut windows, joined."""
+    rows = []
+    for top, bottom, first, last in _runs(frame, 0):
+        row = []
+        for left, right, start, stop in _runs(frame, 1):
+            begin = (
+                top * frame.stride[0] - frame.before[0] + first * frame.dilation[0],
+                left * frame.stride[1] - frame.before[1] + start * frame.dilation[1],
+            )
+            kernel, out = (last - first, stop - start), (bottom - top, right - left)
+            part = replace(frame, kernel=kernel, out=out, before=(0, 0), after=(0, 0), size=(0, 0))
+            size = tuple((out[d] - 1) * frame.stride[d] + part.spans[d] for d in range(2))
+            piece = x
+            if (*begin, *size) != (0, 0, *x.shape[2:]):
+                piece = slice_nhwc(e, x, (0, *begin, 0), (x.shape[0], *size, x.shape[1]))
+            row.append(_average(e, node, piece, replace(part, size=(size[0], size[1])), grid))
+        rows.append(_join(e, row, 3))
+    return _join(e, rows, 2)
+
+
+def _runs(frame: Window, d: int) -> list[tuple[int, int, int, int]]:
+    """Consecutive outputs [from, to) along H or W whose windows keep the same kernel positions [first, last)."""
+    runs: list[tuple[int, int, int, int]] = []
+    for i in range(frame.out[d]):
+        places = i * frame.stride[d] - frame.before[d] + np.arange(frame.kernel[d]) * frame.dilation[d]
+        kept = np.flatnonzero((places >= 0) & (places < frame.size[d]))
+        first, last = int(kept[0]), int(kept[-1]) + 1
+        if runs and runs[-1][2:] == (first, last):
+            runs[-1] = (runs[-1][0], i + 1, first, last)
+        else:
+            runs.append((i, i + 1, first, last))
+    return runs
+
+
+def _average(e: Emitter, node: Node, x: Value, frame: Window, grid: Grid | None) -> Value:
+    """Unpadded averages. AVERAGE_POOL_2D cannot change the grid; a depthwise convolution by ones can."""
+    shape, valid = (*x.shape[:2], *frame.out), int(schema.Padding.VALID)
+    if grid == x.grid and frame.dilation == (1, 1):
+        return _pool(e, "AVERAGE_POOL_2D", x, frame, valid, shape)
+    area = frame.kernel[0] * frame.kernel[1]
+    ones = np.ones((x.shape[1], 1, *frame.kernel))
+    weights = Weights(ones * 127, np.full(x.shape[1], 1 / (area * 127.0))) if grid is not None else None
+    real = (ones / area).astype(np.float32)
+    return convolve(e, node.outputs[0], x, real, weights, None, frame, valid, shape, grid, node)
+
+
+def _join(e: Emitter, parts: Sequence[Value], axis: int) -> Value:
+    """Concatenation along an ONNX axis."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = list(parts[0].shape)
+    shape[axis] = sum(p.shape[axis] for p in parts)
+    options = schema.ConcatenationOptionsT(axis=parts[0].axis(axis), fusedActivationFunction=0)
+    inputs, grid = [p.index for p in parts], parts[0].grid
+    return e.emit("CONCATENATION", inputs, parts[0], "joined", shape=shape, grid=grid, options=options)
 
 
 def reduce(e: Emitter, node: Node) -> None:
