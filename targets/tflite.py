@@ -98,7 +98,7 @@ def compile(onnx_path: Path, folder: Path, name: str) -> Path:  # noqa: A001  th
     """Write folder/name.tflite from a float or QDQ ONNX file; the file appears whole or not at all.
 
     Raises:
-        UsageError: the file is missing or is not ONNX. UnsupportedGraph: as `convert`.
+        UsageError: the file is missing or is not ONNX, or the folder cannot be written. UnsupportedGraph: as `convert`.
     """
     try:
         model = onnx.load(onnx_path)
@@ -108,15 +108,20 @@ def compile(onnx_path: Path, folder: Path, name: str) -> Path:  # noqa: A001  th
         raise UsageError("not an ONNX model", where=str(onnx_path), fix="give the path of an ONNX model") from error
     data = convert(model, name)
     path = folder / f"{name}.tflite"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UsageError(
+            f"cannot be written ({error.strerror})", where=str(path), fix="choose a folder with room that you own"
+        ) from error
     return path
 
 
