@@ -284,3 +284,7 @@ def doctor(as_json: bool) -> None:
             click.echo(f"{f.status:8} {f.name:{width}}  {f.found or '-'}  ({f.needed_for}){fix}")
     if not healthy(findings):
         raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
