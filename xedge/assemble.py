@@ -12,7 +12,7 @@ import onnx
 from torch import nn
 
 from xedge import __version__
-from xedge.data import batches
+from xedge.data import batches, fitting
 from xedge.iterate import RANKED, Result, information
 from xedge.measurement import Comparison, from_json
 from xedge.metrics import macs, parameters, sizes
@@ -79,6 +79,8 @@ def assemble(
                 f"{target.name}: the latency is this host's, of the same graph in ONNX Runtime; "
                 "build and time the engine on the board"
             )
+        if isinstance(comparison, Comparison) and comparison.reason:
+            notes.append(f"{target.name}: timing: {comparison.reason}")
         if got["unmatched"]:
             notes.append(f"{target.name}: {len(got['unmatched'])} tensors are rounded in the artefact only")
     if timed is not None:
@@ -151,7 +153,8 @@ def latency_of(comparison: Any, compressed: bool) -> Latency | None:
         device=m.device,
         device_kind=m.device_kind,
         processes=len(m.processes),
-        ratio=(ratio.median, ratio.lower, ratio.upper) if compressed else None,
+        # An unstable comparison claims no speed-up.
+        ratio=(ratio.median, ratio.lower, ratio.upper) if compressed and comparison.verdict == "ok" else None,
     )
 
 
@@ -189,7 +192,7 @@ def _layers(
     models: dict[str, Path],
 ) -> list[Layer]:
     """One row a convolution or linear layer, in the order of execution."""
-    images = batches(loaded.data.train, loaded.request.batch, shuffle_seed=loaded.request.seed, limit=RANKED)
+    images = batches(loaded.data.train, fitting(loaded.data.shape), shuffle_seed=loaded.request.seed, limit=RANKED)
     seen = observe(original, result.groups, images, loaded.teacher, gradients=False)
     whole, kept = information(seen, result.groups), information(seen, result.groups, result.keep)
     share = {}

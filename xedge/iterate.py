@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from xedge import load
 from xedge.criteria import Criterion
 from xedge.criteria.di import EPS, scale, solve
-from xedge.data import Data, batches
+from xedge.data import Data, batches, fitting
 from xedge.errors import UsageError
 from xedge.fold import fold
 from xedge.groups import Groups
@@ -272,7 +272,8 @@ def _next(now: float, goal: float | None, iterations: int, index: int) -> float:
 def _observe(
     model: nn.Module, groups: Groups, data: Data, teacher: Teacher, settings: Settings, *, gradients: bool
 ) -> Observed:
-    images = batches(data.train, settings.batch, shuffle_seed=settings.seed, limit=RANKED)
+    size = fitting(data.shape, gradients=gradients)
+    images = batches(data.train, size, shuffle_seed=settings.seed, limit=RANKED)
     return observe(model, groups, images, teacher, gradients=gradients, seed=settings.seed)
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xedge import __version__, load
-from xedge.data import Data, batches, check
+from xedge.data import Data, batches, check, fitting
 from xedge.errors import UsageError
 from xedge.export import write_flavour
 from xedge.groups import Groups, find_groups
@@ -438,8 +438,9 @@ def dry_run(request: Request, talk: Talk | None = None) -> dict[str, Any]:
     else:
         from xedge.observe import observe
 
-        images = batches(loaded.data.train, request.batch, shuffle_seed=request.seed, limit=256)
         gradients = load.needs_gradients(request.criterion)
+        size = fitting(loaded.data.shape, gradients=gradients)
+        images = batches(loaded.data.train, size, shuffle_seed=request.seed, limit=256)
         observed = observe(original, groups, images, loaded.teacher, gradients=gradients, seed=request.seed)
         scores = score_all(load.load_criterion(request.criterion), groups, observed)
     plans = {}

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xedge.data import Data, Images, batches, loader
+from xedge.data import Data, Images, batches, fitting, loader
 from xedge.errors import InternalError, UsageError
 from xedge.run import write_atomically
 
@@ -83,7 +83,7 @@ def fit(
     labelled = data.classes is not None
     if not labelled and original is None:
         raise InternalError("data without labels need the original as teacher")
-    set_seed(recipe.seed)
+    set_seed(recipe.seed % 2**32)  # numpy takes no more
     accelerator = Accelerator()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
@@ -161,10 +161,17 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe:
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
-    """Go back to a checkpoint of the same recipe; returns the epochs that are done, 0 without one."""
+    """Go back to a checkpoint of the same recipe; returns the epochs that are done, 0 without one.
+
+    A file of another recipe or model, or a damaged one, is no checkpoint.
+    """
     if not path.exists():
         return 0
-    with safe_open(path, "pt") as f:
+    try:
+        opened = safe_open(path, "pt")
+    except SafetensorError:
+        return 0
+    with opened as f:
         meta = f.metadata() or {}
         if meta.get("recipe") != _key(recipe):
             return 0
@@ -182,11 +189,11 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, reci
 
 
 @torch.no_grad()
-def predict(model: nn.Module, dataset: Images, batch: int = 128, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, dataset: Images, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Logits [N, L] and labels [N] of a whole dataset, in its order."""
     model.eval()
     logits, labels = [], []
-    for x, y in batches(dataset, batch, limit=limit):
+    for x, y in batches(dataset, fitting(dataset[0][0].shape), limit=limit):
         logits.append(model(x).flatten(1))
         labels.append(y)
     if not logits:
@@ -195,7 +202,7 @@ def predict(model: nn.Module, dataset: Images, batch: int = 128, limit: int | No
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, dataset: Images, images: int = 1024, batch: int = 128) -> None:
+def reestimate_batch_norm(model: nn.Module, dataset: Images, images: int = 1024) -> None:
     """Set the running statistics of batch norms to those of the training data under the present weights."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
@@ -206,7 +213,7 @@ def reestimate_batch_norm(model: nn.Module, dataset: Images, images: int = 1024,
         m.momentum = None  # a plain average over the batches
         m.train()
     try:
-        for x, _ in batches(dataset, batch, limit=images, shuffle_seed=0):
+        for x, _ in batches(dataset, fitting(dataset[0][0].shape), limit=images, shuffle_seed=0):
             if len(x) > 1:
                 model(x)
     finally:

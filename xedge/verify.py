@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from xedge.data import batches
+from xedge.data import batches, fitting
 from xedge.errors import InternalError
 from xedge.metrics import agreement, kl, snr_db, topk
 from xedge.quantize import ScaleTable
@@ -52,7 +52,7 @@ def verify(
     base, labels = predict(original, data.val, limit=limit)
     floats, _ = predict(small, data.val, limit=limit)
     judged = min(limit, JUDGED)
-    images = torch.cat([x for x, _ in batches(data.val, 128, limit=judged)])
+    images = torch.cat([x for x, _ in batches(data.val, fitting(data.shape), limit=judged)])
     out: dict[str, Any] = {
         "images": limit,
         "original": _row(base, base, labels, labelled),
@@ -63,9 +63,11 @@ def verify(
         talk.say(f"  {target.name}: {limit} validation images through the artefact")
         judge = Quantized(small, float_model, table, target.flavour, data.shape)
         with torch.no_grad():
-            want = torch.cat([judge(x).flatten(1) for x in torch.split(images, 1 if judge.single else 64)])
+            want = torch.cat(
+                [judge(x).flatten(1) for x in torch.split(images, 1 if judge.single else fitting(data.shape))]
+            )
         run = target.load(models[target.name], torch.get_num_threads())
-        got = torch.cat([_run(run, x.numpy()) for x, _ in batches(data.val, 64, limit=limit)])
+        got = torch.cat([_run(run, x.numpy()) for x, _ in batches(data.val, fitting(data.shape), limit=limit)])
         row = _row(got, base, labels, labelled)
         row["verified_agreement"] = agreement(got[:judged], want)
         row["snr_db"] = min(snr_db(want, got[:judged]), 200.0)
