@@ -218,6 +218,28 @@ def test_a_cut_copy_leaves_the_model_alone_and_learns() -> None:
         assert parameter.grad.shape == parameter.shape
 
 
+def test_heads_that_only_training_runs_are_cut_along() -> None:
+    class Aided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.aside = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 9, 1)
+            self.end = nn.Conv2d(9, 4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+            x = self.a(x)
+            return (self.b(x), self.end(self.aside(x))) if self.training else self.b(x)
+
+    model = Aided()
+    groups = find_groups(model, EXAMPLE)
+    assert [group.name for group in groups.free] == ["a"]
+    assert ("aside", "only training reads it") in groups.frozen
+    assert groups["a"].consumers == ("b",)
+    small = cut(model, groups, {"a": np.arange(8) < 5})
+    assert small.aside.in_channels == 5
+    one, two = small.train()(torch.randn(2, *graphs.EXAMPLE[1:]))
+    assert one.shape == two.shape
+
+
 def test_tied_parameters_stay_tied() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
     model[2].weight = model[1].weight

@@ -26,7 +26,7 @@ class Slice:
         axis: dimension of that parameter.
         size: length of that dimension, the positions of other groups and of none included.
         kind: "out": the layer makes these channels; "in": it reads them; "pass": it follows along (batch norm,
-            depthwise convolution, PReLU, layer scale).
+            depthwise convolution, PReLU, layer scale, and any layer that only training runs: an auxiliary head).
         index: int64 [C, r], positions along `axis` of each channel; r > 1 after a flatten or a pixel shuffle.
         inputs: for kind "in", int64 [C, q], the positions of each channel on the feature axis of the layer's INPUT
             tensor (axis 1 of a convolution's input, the last axis of a linear's). Equal to `index` unless the

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import cast
 
@@ -52,17 +52,29 @@ def analyse(model: nn.Module, example: Tensor, *, exclude: str | None = None) ->
     except re.error as error:
         raise UsageError(f"{exclude!r} is not a regular expression: {error}", fix="mend the pattern") from error
     trace = Trace(model)
-    with _mode(model, training=False), _quiet():
-        try:
-            program = torch.export.export(model, (example[:1],), strict=False)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, AssertionError) as error:
-            raise UnsupportedGraph(
-                f"torch.export cannot trace it: {_first_line(error)}",
-                where=type(model).__name__,
-                fix="remove data-dependent control flow from its forward",
-            ) from error
-    trace.run(program)
-    return _Gathering(model, trace, pattern).groups()
+    try:
+        trace.run(_exported(model, example[:1], training=False))
+    except _UNTRACEABLE as error:
+        raise UnsupportedGraph(
+            f"torch.export cannot trace it: {_first_line(error)}",
+            where=type(model).__name__,
+            fix="remove data-dependent control flow from its forward",
+        ) from error
+    seen = frozenset(trace.touched)
+    if any(name not in seen for name in trace.parameters):
+        # Auxiliary heads run in training alone, and read channels as well. Where training cannot be traced they are
+        # left as they are: the cut model is right in eval mode, which is what is certified.
+        with suppress(*_UNTRACEABLE):
+            trace.run(_exported(model, torch.cat([example[:1]] * 2), training=True))
+    return _Gathering(model, trace, seen, pattern).groups()
+
+
+_UNTRACEABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, AssertionError)
+
+
+def _exported(model: nn.Module, example: Tensor, *, training: bool) -> torch.export.ExportedProgram:
+    with _mode(model, training=training), _quiet():
+        return torch.export.export(model, (example,), strict=False)
 
 
 @contextmanager
@@ -91,7 +103,8 @@ def _first_line(error: Exception) -> str:
 class _Gathering:
     """From labels to groups."""
 
-    def __init__(self, model: nn.Module, trace: Trace, exclude: re.Pattern[str] | None) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, seen: frozenset[str], exclude: re.Pattern[str] | None) -> None:
+        self.seen = seen  # parameters that the eval graph uses
         self.model, self.trace, self.labels = model, trace, trace.labels
         self.exclude = exclude
         self.axes = dict(trace.axes)
@@ -176,8 +189,9 @@ class _Gathering:
                 if root in made and root not in self.reasons:
                     members[root].setdefault(key, []).append(position)
         for root, places in members.items():
-            if not any(self.trace.kinds[key] == "in" for key in places):
-                self.reasons[root] = "nothing reads it"
+            readers = [key for key in places if self.trace.kinds[key] == "in"]
+            if not any(param in self.seen for param, _ in readers):
+                self.reasons[root] = "only training reads it" if readers else "nothing reads it"
         return {root: places for root, places in members.items() if root not in self.reasons}
 
     def _gather(self, members: dict[int, dict[tuple[str, int], list[int]]]) -> list[tuple[ChannelGroup, list[int]]]:
@@ -205,6 +219,8 @@ class _Gathering:
             for key in keys:
                 param, axis = key
                 kind = self.trace.kinds[key]
+                if kind == "in" and param not in self.seen:
+                    kind = "pass"  # no input to observe or to mask: only training runs this layer
                 index = np.array([members[root][key] for root in channels], np.int64)
                 inputs = np.zeros((len(channels), 0), np.int64)
                 if kind == "in":

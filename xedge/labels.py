@@ -158,6 +158,8 @@ class Labelling:
         self.elements: dict[str, Tensor] = {}
         self.stuck_params: dict[str, str] = {}
         self.counts: list[Count] = []
+        self.touched: set[str] = set()
+        self.parameters = {name for name, _ in model.named_parameters()}
         self._first: dict[int, str] = {}
         self._owners: dict[str, list[str]] = {}
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

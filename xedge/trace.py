@@ -56,6 +56,8 @@ class Trace(Mixes):
                 spec, value = specs[node.name], node.meta.get("val")
                 if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in self._canonical:
                     env[node] = Par(self._canonical[spec.target], tuple(cast(Tensor, value).shape))
+                    if node.users:
+                        self.touched.add(env[node].name)
                 elif isinstance(value, Tensor):
                     reason = "model input" if spec.kind == InputKind.USER_INPUT else f"constant tensor {spec.target}"
                     env[node] = self._frozen_like(value, reason)
