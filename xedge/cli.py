@@ -22,14 +22,27 @@ class Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line."""
-        try:
+        if not kwargs.get("standalone_mode", True):
             return super().main(*args, **kwargs)
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except XedgeError as e:
             click.echo(f"xedge: {e}", err=True)
             sys.exit(e.exit_code)
-        except KeyboardInterrupt:
+        except click.exceptions.NoArgsIsHelpError as e:
+            e.show()
+            sys.exit(e.exit_code)
+        except click.ClickException as e:  # click's own text takes four lines
+            click.echo(f"xedge: {' '.join(e.format_message().split())}", err=True)
+            sys.exit(e.exit_code)
+        except (click.Abort, KeyboardInterrupt):  # click turns Ctrl-C into Abort
             click.echo("xedge: stopped; run the same command again to go on", err=True)
             sys.exit(130)
+        except OSError as e:
+            where = f"{e.filename}: " if e.filename else ""
+            click.echo(f"xedge: {where}{e.strerror or e}; check that path and its disk", err=True)
+            sys.exit(2)
+        sys.exit(code)
 
 
 class Percent(click.ParamType[float]):
@@ -74,10 +87,10 @@ def main() -> None:
 @click.option("--bits", type=float, help="Mean bits a weight, 2 to 8.  [8]")
 @click.option("--epochs", type=int, help="Epochs of training after each cut.  [3]")
 @click.option("--iterations", type=int, help="Cuts on the way to the MACs budget.  [4]")
-@click.option("--base-epochs", type=int, help="Epochs for a built-in model without weights.")
+@click.option("--base-epochs", type=click.IntRange(1), help="Epochs for a built-in model without weights.")
 @click.option("--lr", type=float, help="Highest learning rate.  [0.02]")
 @click.option("--batch", type=int, help="Images a training step.  [128]")
-@click.option("--seed", type=int, help="Of everything drawn at random.  [0]")
+@click.option("--seed", type=click.IntRange(0), help="Of everything drawn at random.  [0]")
 @click.option("--exclude", metavar="REGEX", help="Layers whose channels stay.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder.  [runs/MODEL-DATA-DIGEST]")
 @click.option("--resume", is_flag=True, help="Go on with the run in -o; it knows its own options.")

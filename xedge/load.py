@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl
@@ -19,11 +21,15 @@ from urllib.parse import parse_qsl
 from xedge.errors import UsageError, nearest
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
     from xedge.criteria import Criterion
-    from xedge.data import Data
+    from xedge.data import Batch, Data, Images
+    from xedge.groups import ChannelGroup
+    from xedge.observe import Observed
     from xedge.target import Target
 
 
@@ -67,7 +73,7 @@ def attribute(spec: str, kind: str) -> Any:
         raise
     except ImportError as e:
         raise UsageError(f"cannot be imported ({e})", where=where, fix="install it, or check its spelling") from e
-    except Exception as e:  # the user's own code: say where it broke, in one line
+    except (Exception, SystemExit) as e:  # the user's own code: say where it broke, in one line
         raise UsageError(f"raised {type(e).__name__}: {e}", where=where, fix="run that file by itself first") from e
     found = module
     for part in name.split("."):
@@ -124,11 +130,25 @@ def criteria() -> dict[str, str]:
 def load_criterion(name: str) -> Criterion:
     """The criterion's `score` function."""
     if ":" in name:
-        return attribute(name, "criterion")  # type: ignore[no-any-return]
+        return _users_criterion(attribute(name, "criterion"), name)
     module = name.replace("-", "_")
     if module not in modules_of("xedge.criteria") or name.startswith("_"):
         raise UsageError(f"unknown criterion {name!r}", fix=nearest(name, criteria()))
     return importlib.import_module(f"xedge.criteria.{module}").score  # type: ignore[no-any-return]
+
+
+def _users_criterion(function: Any, where: str) -> Criterion:
+    import numpy as np
+
+    def score(group: ChannelGroup, observed: Observed, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
+        def call() -> NDArray[np.float64]:
+            return np.asarray(function(group, observed, keep), dtype=np.float64)
+
+        return cast("NDArray[np.float64]", call_user(call, f"{where}, {group.name}", {}))
+
+    if not callable(function):
+        raise UsageError("is not callable", where=where, fix="name a function or a class")
+    return score
 
 
 def needs_gradients(name: str) -> bool:
@@ -166,7 +186,8 @@ def load_data(spec: str, *, root: Path | None, seed: int) -> Data:
             raise UsageError(
                 f"returned {type(data).__name__}, not xedge.data.Data", where=head, fix="return Data(name=..., ...)"
             )
-        return data
+        train, select, val = (_Users(getattr(data, s), f"{head}, {s}") for s in ("train", "select", "val"))
+        return dataclasses.replace(data, train=train, select=select, val=val)
     for name in modules_of("xedge.calibration"):
         module = importlib.import_module(f"xedge.calibration.{name}")
         names = getattr(module, "NAMES", None) or [name.replace("_", "-")]
@@ -177,6 +198,26 @@ def load_data(spec: str, *, root: Path | None, seed: int) -> Data:
             assert isinstance(loaded, Data)
             return loaded
     raise UsageError(f"unknown data {kind!r}", fix=nearest(kind, data_kinds()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Users:
+    """A split of a user's own: whatever it raises, on whichever image, becomes one line."""
+
+    inner: Images
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return cast("tuple[torch.Tensor, int]", call_user(lambda: self.inner[index], f"{self.where}[{index}]", {}))
+
+    def batch(self, indices: Sequence[int] | torch.Tensor) -> Batch:
+        """All of `indices` at once."""
+        from xedge.data import take
+
+        return cast("Batch", call_user(take, self.where, {"dataset": self.inner, "indices": indices}))
 
 
 def call_user(function: Callable[..., Any], where: str, arguments: Mapping[str, Any]) -> Any:
@@ -230,7 +271,7 @@ def load_model(spec: str, *, classes: int | None, channels: int) -> nn.Module:
         if classes is not None and _takes_num_classes(function):
             arguments["num_classes"] = classes
         if isinstance(function, nn.Module):
-            model = function
+            model = copy.deepcopy(function)  # a factory gives a new one each time
         else:
             model = call_user(function, spec, arguments)
     if not isinstance(model, nn.Module):
@@ -256,11 +297,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: missing, damaged, not a state dict, or holding NaN or infinity.
     """
-    import pickle
-    import zipfile
-
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -272,8 +309,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise UsageError("is neither .safetensors nor .pt", where=str(path), fix="save it with safetensors")
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as e:
-        reason = str(e).split("\n", 1)[0][:200]
+    except UsageError:
+        raise
+    except Exception as e:  # torch's reader answers a damaged file with whatever its parser met
+        reason = str(e).split("\n", 1)[0][:200] or type(e).__name__
         raise UsageError(
             f"cannot be read as weights only ({reason})",
             where=str(path),

@@ -12,12 +12,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from xedge.errors import UsageError
 
@@ -47,26 +50,44 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
+_SPACE = "free some space and run the same command again: it goes on where it stopped"
+_FOLDER = "choose a folder you may write with -o"
+_PATH = "choose another folder with -o"
+_FIXES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _FOLDER),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), _PATH),
+    errno.EIO: "check that disk, then run the same command again",
+}
+
+
+def explain(error: OSError | SafetensorError, folder: Path) -> UsageError | None:
+    """What the file system said, in one line with a way out; None where it is no matter of writing `folder`."""
+    if isinstance(error, OSError):
+        number, name = error.errno, error.filename
+    else:  # safetensors hides the number in its text
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number, name = (int(found.group(1)) if found else None), None
+    if number not in _FIXES:
+        return None
+    where = os.fsdecode(name) if isinstance(name, str | bytes) else str(folder)
+    there, here = Path(where).absolute(), folder.absolute()
+    if isinstance(error, PermissionError) and not (there.is_relative_to(here) or here.is_relative_to(there)):
+        # Something that a step reads, such as the user's pictures.
+        return UsageError(os.strerror(number), where=where, fix="check who may read and write it")
+    return UsageError(f"cannot write: {os.strerror(number)}", where=where, fix=_FIXES[number])
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turn what the file system says into one line with a way out."""
     try:
         yield
-    except OSError as e:
-        fixes = {
-            errno.ENOSPC: "free some space and run the same command again: it goes on where it stopped",
-            errno.EDQUOT: "free some space and run the same command again: it goes on where it stopped",
-            errno.EROFS: "choose a folder you may write with -o",
-            errno.EACCES: "choose a folder you may write with -o",
-            errno.EPERM: "choose a folder you may write with -o",
-            errno.ENOTDIR: "choose another folder with -o",
-            errno.EEXIST: "choose another folder with -o",
-        }
-        if e.errno not in fixes:
+    except (OSError, SafetensorError) as e:
+        explained = explain(e, folder)
+        if explained is None:
             raise
-        raise UsageError(
-            f"cannot write: {os.strerror(e.errno)}", where=str(e.filename or folder), fix=fixes[e.errno]
-        ) from e
+        raise explained from e
 
 
 def write_atomically(path: Path, make: Callable[[Path], object]) -> None:
@@ -132,11 +153,12 @@ class Run:
                 be written, or another process is at work in it.
         """
         path = folder / REQUEST
-        if folder.exists() and not path.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
-            raise UsageError(
-                "is not empty and is no run folder of xedge", where=str(folder), fix="choose another folder with -o"
-            )
         with writing(folder):
+            foreign = (
+                folder.exists() and not path.exists() and any(p for p in folder.iterdir() if not p.name.startswith("."))
+            )
+            if foreign:
+                raise UsageError("is not empty and is no run folder of xedge", where=str(folder), fix=_PATH)
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / ".lock").open("w")
         try:
@@ -146,21 +168,32 @@ class Run:
             raise UsageError(
                 "another xedge is at work here", where=str(folder), fix="wait for it, or choose another folder with -o"
             ) from e
-        # What a killed process left half-written has our temporary names; nothing else has.
-        for p in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp"), *folder.glob("*/.*.old"), *folder.glob(".*.old")]:
-            _remove(p)
-        if path.exists():
-            before = read_json(path)
-            keys = sorted(k for k in {*before, *request} if before.get(k) != request.get(k))
-            if keys:
-                lock.close()
-                diff = ", ".join(f"{k} was {before.get(k)!r} and now is {request.get(k)!r}" for k in keys)
-                raise UsageError(
-                    f"holds another run ({diff})", where=str(folder), fix="choose another folder with -o, or delete it"
-                )
-        else:
-            write_json(path, dict(request))
+        try:
+            cls._take(folder, request)
+        except BaseException:
+            lock.close()
+            raise
         return cls(folder, request, [], lock)
+
+    @staticmethod
+    def _take(folder: Path, request: Mapping[str, Any]) -> None:
+        """Clean up after a killed process, and see that the folder is this request's."""
+        path = folder / REQUEST
+        # What a killed process left half-written has our temporary names; nothing else has.
+        with writing(folder):
+            for pattern in (".*.tmp", ".*.tmp.folder", ".*.old"):
+                for p in [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]:
+                    _remove(p)
+        if not path.exists():
+            write_json(path, dict(request))
+            return
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise UsageError("holds no request", where=str(path), fix=_PATH)
+        keys = sorted(k for k in {*before, *request} if before.get(k) != request.get(k))
+        if keys:
+            diff = ", ".join(f"{k} was {before.get(k)!r} and now is {request.get(k)!r}" for k in keys)
+            raise UsageError(f"holds another run ({diff})", where=str(folder), fix=f"{_PATH}, or delete it")
 
     def close(self) -> None:
         """Let the folder go."""
