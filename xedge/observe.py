@@ -1,19 +1,22 @@
 """One pass over training data: what every consumer of a channel group sees, and what the loss feels there.
 
-A *tap* is the input of a layer that consumes pruned channels. Its columns are the channels of its groups, one block
-per group; a channel that is flattened into r features (a linear layer after a flatten) is still one column.
+A *tap* is the input of a linear layer or a convolution that consumes pruned channels. Its columns are the channels of
+its groups, one block per group; a channel that is flattened into r features (a linear layer after a flatten) is still
+one column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from xedge.errors import InternalError, UsageError
 from xedge.groups import ChannelGroup, Groups
@@ -54,7 +57,7 @@ class Seen:
         tap: the tap.
         pooled: moments of the globally averaged channels with the teacher; one sample an image.
         pixels: moments of single pixels, without a teacher; up to 49 samples an image.
-        taylor: [C], sum over images of the squared first-order change of the loss when the channel is zeroed.
+        taylor: [C], mean over images of the squared first-order change of the loss when the channel is zeroed.
         weight: [O, C, r, K], the consumer's weight seen from the tap's columns: O outputs, K kernel taps.
         fisher: [O], mean over images of the summed squared gradient of the log-likelihood of the model's own draw.
     """
@@ -82,16 +85,30 @@ class Observed:
         return [(s, s.tap.columns(group.name)) for s in self.seen.values() if group.name in s.tap.blocks]
 
 
-def taps(groups: Groups) -> list[Tap]:
-    """The taps of the groups that can be cut."""
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+def taps(groups: Groups, modules: Mapping[str, nn.Module]) -> list[Tap]:
+    """The taps of the groups that can be cut.
+
+    Only layers whose input is what their weight multiplies are taps: a parameter that a forward uses by a function
+    call has no such input to look at.
+    """
     blocks: dict[str, dict[str, NDArray[np.int64]]] = {}
     for g in groups.groups:
         if g.frozen:
             continue
         for s in g.slices:
-            if s.kind == "in" and s.inputs is not None:
+            own = isinstance(modules.get(s.layer), WEIGHTED) and s.param == f"{s.layer}.weight"
+            if s.kind == "in" and own:
                 blocks.setdefault(s.layer, {})[g.name] = s.inputs
     return [Tap(layer, b) for layer, b in blocks.items()]
+
+
+def _channels_first(x: Tensor, module: nn.Module) -> Tensor:
+    """A linear layer's features are its last axis, however many there are before it."""
+    return x.movedim(-1, 1) if isinstance(module, nn.Linear) and x.dim() > 2 else x
 
 
 def _columns(x: Tensor, index: Tensor) -> Tensor:
@@ -115,10 +132,11 @@ def consumer_weight(module: nn.Module, index: NDArray[np.int64]) -> NDArray[np.f
     """The consumer's weight as [O, C, r, K]: output, group channel, position within the flatten, kernel tap."""
     w = module.weight
     assert isinstance(w, Tensor)
-    if isinstance(module, nn.ConvTranspose2d):  # [I, O/g, ...]: swap within each group
+    assert isinstance(module, WEIGHTED)
+    if isinstance(module, TRANSPOSED):  # [I, O/g, ...]: swap within each group
         w = torch.cat([b.transpose(0, 1) for b in w.chunk(module.groups)])
         w = _dense(w, module.groups)
-    elif isinstance(module, nn.Conv2d | nn.Conv1d) and module.groups > 1:
+    elif not isinstance(module, nn.Linear) and module.groups > 1:
         w = _dense(w, module.groups)
     flat = w.detach().double().flatten(2) if w.dim() > 2 else w.detach().double().unsqueeze(-1)
     c, r = index.shape
@@ -138,34 +156,38 @@ def _dense(w: Tensor, groups: int) -> Tensor:
 
 @contextmanager
 def _hooks(
-    model: nn.Module, layers: Iterable[str]
-) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
-    """Keep every tap's inputs and outputs of a forward pass, each input its own node of the graph."""
+    modules: Mapping[str, nn.Module], layers: Iterable[str]
+) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, list[GradientEdge]]]]:
+    """Keep every tap's inputs of a forward pass, each its own node of the graph, and where its outputs' gradients
+    arrive."""
     inputs: dict[str, list[Tensor]] = {}
-    outputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[GradientEdge]] = {}
     handles = []
 
     def before(name: str):  # type: ignore[no-untyped-def]
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0]
+        def hook(
+            _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+            x = args[0] if args else kwargs["input"]
             if torch.is_grad_enabled():
                 # A tensor that two layers read gets a gradient of each: the taps are scored one by one.
                 x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             inputs.setdefault(name, []).append(x)
-            return (x, *args[1:])
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
         return hook
 
     def after(name: str):  # type: ignore[no-untyped-def]
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
-            outputs.setdefault(name, []).append(out)
+            if torch.is_grad_enabled():
+                # The edge, not the tensor: an activation in place would make the tensor its own result.
+                outputs.setdefault(name, []).append(get_gradient_edge(out))
 
         return hook
 
-    modules = dict(model.named_modules())
     try:
         for name in layers:
-            handles.append(modules[name].register_forward_pre_hook(before(name)))
+            handles.append(modules[name].register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(modules[name].register_forward_hook(after(name)))
         yield inputs, outputs
     finally:
@@ -197,20 +219,19 @@ def observe(
     Raises:
         UsageError: the data are empty, or the model's output is NaN.
     """
-    where = taps(groups)
-    index = {t.layer: torch.from_numpy(np.concatenate([b.reshape(-1) for b in t.blocks.values()])) for t in where}
     modules = dict(model.named_modules())
+    where = taps(groups, modules)
     pooled: dict[str, Moments] = {}
     pixels: dict[str, Moments] = {}
     taylor: dict[str, Tensor] = {}
     fisher: dict[str, Tensor] = {}
     draw = torch.Generator().manual_seed(seed)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     samples = 0
     try:
         for x, labels in data:
-            with torch.set_grad_enabled(gradients), _hooks(model, index) as (inputs, outputs):
+            with torch.set_grad_enabled(gradients), _hooks(modules, [t.layer for t in where]) as (inputs, outputs):
                 logits = model(x)
                 if not bool(torch.isfinite(logits).all()):
                     raise UsageError(
@@ -218,48 +239,60 @@ def observe(
                         where=type(model).__name__,
                         fix="check the weights and the data's normalisation",
                     )
-                if gradients:
-                    flat_in = [t for ts in inputs.values() for t in ts]
-                    flat_out = [t for ts in outputs.values() for t in ts]
+                flat_in = [t for ts in inputs.values() for t in ts]
+                flat_out = [e for es in outputs.values() for e in es]
+                felt_in: dict[str, list[Tensor | None]] = {}
+                felt_out: dict[str, list[Tensor | None]] = {}
+                if gradients and flat_in:
                     log_p = torch.log_softmax(logits.flatten(1), 1)
                     own = torch.multinomial(log_p.detach().exp(), 1, generator=draw)[:, 0]
                     target = labels if teacher.kind == "labels" else own
                     loss = -log_p.gather(1, target[:, None]).sum()
-                    g_in = torch.autograd.grad(loss, flat_in, retain_graph=True, allow_unused=True)
+                    g_in = iter(torch.autograd.grad(loss, flat_in, retain_graph=True, allow_unused=True))
                     likelihood = -log_p.gather(1, own[:, None]).sum()
-                    g_out = torch.autograd.grad(likelihood, flat_out, allow_unused=True)
-                    at_in = {id(t): g for t, g in zip(flat_in, g_in, strict=True)}
-                    at_out = {id(t): g for t, g in zip(flat_out, g_out, strict=True)}
+                    g_out = iter(torch.autograd.grad(likelihood, flat_out, allow_unused=True))
+                    felt_in = {name: [next(g_in) for _ in ts] for name, ts in inputs.items()}
+                    felt_out = {name: [next(g_out) for _ in es] for name, es in outputs.items()}
             with torch.no_grad():
                 y = teacher.encode(labels, logits)
                 nothing = y.new_zeros(0)
                 for t in where:
-                    name = t.layer
-                    for one in inputs.get(name, []):
-                        a = _blocks(one.detach(), t)
-                        pooled[name] = add(pooled.get(name), a.mean((2, 3)), y)
-                        p = _blocks(_grid(one.detach()), t).permute(0, 2, 3, 1).reshape(-1, a.shape[1])
+                    name, module = t.layer, modules[t.layer]
+                    read = [_channels_first(one.detach(), module) for one in inputs.get(name, [])]
+                    for one in read:
+                        if len(one) != len(x):
+                            raise UsageError(
+                                f"reads {len(one)} samples for a batch of {len(x)}",
+                                where=name,
+                                fix="keep the channels it reads with --exclude: they cannot be ranked",
+                            )
+                        pooled[name] = add(pooled.get(name), _blocks(one, t).mean((2, 3)), y)
+                        p = _blocks(_grid(one), t).permute(0, 2, 3, 1)
+                        p = p.reshape(-1, p.shape[-1])
                         pixels[name] = add(pixels.get(name), p, nothing.expand(len(p), 0))
-                        if gradients and at_in[id(one)] is not None:
-                            change = (a * _blocks(at_in[id(one)], t)).sum((2, 3)).double()
-                            taylor[name] = taylor.get(name, 0) + change.square().sum(0)
-                    if gradients:
-                        for out in outputs.get(name, []):
-                            g = at_out[id(out)]
-                            if g is not None:
-                                per = g.double().square()
-                                per = per.sum((0, *range(2, per.dim())))
-                                fisher[name] = fisher.get(name, 0) + per
+                    # A layer that is called twice loses the channel in both calls.
+                    changes = [
+                        _change(one, _channels_first(g, module), t)
+                        for one, g in zip(read, felt_in.get(name, [None] * len(read)), strict=True)
+                        if g is not None
+                    ]
+                    if changes:
+                        taylor[name] = taylor.get(name, 0) + torch.stack(changes).sum(0).square().sum(0)
+                    for g in felt_out.get(name, []):
+                        if g is not None:
+                            per = _channels_first(g, module).double().square()
+                            fisher[name] = fisher.get(name, 0) + per.sum((0, *range(2, per.dim())))
             samples += len(x)
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if samples == 0:
         raise UsageError("the training data are empty", fix="check --data")
     seen = {}
     for t in where:
         name = t.layer
         if name not in pooled:
-            continue  # the layer is never called as a module; its groups are frozen by find_groups
+            continue  # the layer is never called as a module, its weight is used by a function call
         c = pooled[name].channels
         w = [consumer_weight(modules[name], b) for b in t.blocks.values()]
         outputs_count = w[0].shape[0]
@@ -273,11 +306,12 @@ def observe(
             weight=weight,
             fisher=_array(fisher.get(name), outputs_count) / samples,
         )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     producers = {
         g.name: [
-            _rows(dict(model.named_parameters())[s.param], s.axis, s.index)
+            _rows(parameters[s.param], s.axis, s.index)
             for s in g.slices
-            if s.kind == "out" and s.param.endswith("weight")
+            if s.kind == "out" and s.param.endswith("weight") and s.param in parameters
         ]
         for g in groups.groups
         if not g.frozen
@@ -290,6 +324,15 @@ def _blocks(x: Tensor, tap: Tap) -> Tensor:
     parts = [_columns(x, torch.from_numpy(b)) for b in tap.blocks.values()]
     if len({p.shape[2] for p in parts}) > 1:
         parts = [p.mean(2, keepdim=True) for p in parts]
+    return torch.cat(parts, 1)
+
+
+def _change(x: Tensor, g: Tensor, tap: Tap) -> Tensor:
+    """x dLoss/dx of each image and column, summed over the channel's positions: [N, C], float64."""
+    parts = []
+    for b in tap.blocks.values():
+        index = torch.from_numpy(b)
+        parts.append((_columns(x, index) * _columns(g, index)).sum((2, 3), dtype=torch.float64))
     return torch.cat(parts, 1)
 
 
