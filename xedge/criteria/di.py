@@ -56,8 +56,10 @@ def solve(moments: Moments, teacher: Teacher, eps: float, *, standardise: bool =
     s = moments.scatter()
     c = moments.cross() * teacher.weights(moments.teacher_total)
     if standardise:
-        d = np.sqrt(np.diag(s))
-        inv = np.where(d > 0, 1.0 / np.where(d > 0, d, 1.0), 0.0)
+        d = np.diag(s)
+        # A constant channel's scatter is the rounding of float32 products: not to be blown up to unit variance.
+        varies = d > 1e-6 * np.diag(moments.gram)
+        inv = np.where(varies, 1.0 / np.sqrt(np.where(varies, d, 1.0)), 0.0)
         s = s * np.outer(inv, inv)
         c = c * inv[:, None]
     size = len(s)
