@@ -13,6 +13,8 @@ layer's own output as teacher deciding s_i.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +66,8 @@ def lower_hull(levels: NDArray[np.int64], distortion: Array) -> list[int]:
 def allocate(
     levels: NDArray[np.int64], distortion: Array, weights: NDArray[np.int64], budget: int
 ) -> NDArray[np.int64]:
-    """Bits of every channel: exact on the hulls, then what is left of the budget is spent where it still helps.
+    """Bits of every channel: the steepest steps of the hulls first, exact as long as the next step fits; then what is
+    left of the budget is spent where it still helps. Never worse than equal bits for all.
 
     Args:
         levels: allowed bits, rising, [B].
@@ -86,27 +89,47 @@ def allocate(
             fix="raise --bits",
         )
     hulls = [lower_hull(levels, distortion[i]) for i in range(n)]
-    at = [0] * n
-    left = budget - least
+    best = _spend(levels, distortion, weights, hulls, [0] * n, budget - least)
+    even = int(np.flatnonzero(weights.sum() * levels <= budget)[-1])
+    if distortion[:, even].sum() < distortion[np.arange(n), best].sum():
+        # Few channels of unlike weights: a heavy one may find nothing left for its step. Start from equal widths then.
+        best = _spend(levels, distortion, weights, hulls, [even] * n, budget - int(weights.sum() * levels[even]))
+    return levels[best].astype(np.int64)
 
-    def step(i: int) -> tuple[float, int] | None:
-        if at[i] + 1 >= len(hulls[i]):
-            return None
-        a, b = hulls[i][at[i]], hulls[i][at[i] + 1]
-        gain = distortion[i, a] - distortion[i, b]
-        return (-gain / ((levels[b] - levels[a]) * weights[i]), i)
 
-    heap = [s for i in range(n) if (s := step(i)) is not None]
-    heapq.heapify(heap)
+def _spend(
+    levels: NDArray[np.int64],
+    distortion: Array,
+    weights: NDArray[np.int64],
+    hulls: list[list[int]],
+    at: list[int],
+    left: int,
+) -> list[int]:
+    """Raise the level indices `at` with `left` bits, the steepest step first, until no step that helps fits."""
+
+    def steepest(i: int, targets: Iterable[int]) -> None:
+        steps = [
+            ((distortion[i, j] - distortion[i, at[i]]) / ((levels[j] - levels[at[i]]) * weights[i]), i, j)
+            for j in targets
+            if distortion[i, j] < distortion[i, at[i]]
+        ]
+        if steps:
+            heapq.heappush(heap, min(steps))
+
+    def onward(i: int) -> None:
+        steepest(i, hulls[i][bisect_right(hulls[i], at[i]) :][:1])
+
+    heap: list[tuple[float, int, int]] = []
+    for i in range(len(at)):
+        onward(i)
     while heap:
-        _, i = heapq.heappop(heap)
-        a, b = hulls[i][at[i]], hulls[i][at[i] + 1]
-        cost = int((levels[b] - levels[a]) * weights[i])
-        if cost > left:
-            continue  # a lighter channel may still fit
-        left -= cost
-        at[i] += 1
-        after = step(i)
-        if after is not None:
-            heapq.heappush(heap, after)
-    return np.array([levels[hulls[i][at[i]]] for i in range(n)], dtype=np.int64)
+        _, i, j = heapq.heappop(heap)
+        cost = int((levels[j] - levels[at[i]]) * weights[i])
+        if cost <= left:
+            left -= cost
+            at[i] = j
+            onward(i)
+        else:  # a shorter step, off the hull, may still fit
+            room = left // int(weights[i])
+            steepest(i, [k for k in range(at[i] + 1, len(levels)) if levels[k] - levels[at[i]] <= room])
+    return at
