@@ -65,6 +65,15 @@ def grids(graph: Graph, table: ScaleTable, flavour: Flavour) -> dict[str, Grid]:
     }
 
 
+def integer_bias(
+    bias: NDArray[np.float32], source: Grid, scale: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """A bias [C] on the grid of the accumulator, s_in * s_w: its integers [C] and its steps [C]."""
+    step = (np.float64(source.scale) * scale.astype(np.float64)).astype(np.float32)
+    value = np.round(bias.astype(np.float64) / step)
+    return np.clip(value, -(2**31) + 1, 2**31 - 1).astype(np.int32), step
+
+
 def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) -> ModelProto:
     """The float graph with Q/DQ in a flavour's places, weights as int8.
 
@@ -99,7 +108,7 @@ def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) 
         dq = helper.make_node("DequantizeLinear", [f"{name}_q", s, z], [f"{name}_dq"], name=f"{name}_DQ")
         after[name] = [q, dq]
         renamed[name] = f"{name}_dq"
-    integer_bias = flavour != "tensorrt"
+    whole_bias = flavour != "tensorrt"
     for node in graph.nodes:
         source = node.input[0] if node.input else ""
         if node.op_type in WEIGHTED and node.input[1] in table.weights:
@@ -116,10 +125,8 @@ def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) 
             if w.bias is not None:
                 # Two nodes may share a weight; each has its own input, hence its own bias scale.
                 label = f"{node.output[0]}_bias"
-                if integer_bias and source in rounded:
-                    step = (np.float64(rounded[source].scale) * w.scale.astype(np.float64)).astype(np.float32)
-                    value = np.round(w.bias.astype(np.float64) / step)
-                    value = np.clip(value, -(2**31) + 1, 2**31 - 1).astype(np.int32)
+                if whole_bias and source in rounded:
+                    value, step = integer_bias(w.bias, rounded[source], w.scale)
                     v = constant(f"{label}_q", value)
                     s = constant(f"{label}_scale", step)
                     z = constant(f"{label}_zero_point", np.zeros(len(step), np.int32))
@@ -133,7 +140,7 @@ def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) 
                     node.input[2] = bias
                 else:
                     node.input.append(bias)
-        elif integer_bias and node.op_type in ELEMENTWISE:
+        elif whole_bias and node.op_type in ELEMENTWISE:
             for i, name in enumerate(node.input):
                 if graph.is_constant(name) and graph.initializers[name].data_type == TensorProto.FLOAT:
                     node.input[i] = _constant_operand(graph, name, f"{node.output[0]}_{i}", zero_type, constant, before)

@@ -28,6 +28,9 @@ MOVES = (
 """Operators whose result lies on the grid of their input, so that integer runtimes want one scale for both. (Average
 pooling is among them because LiteRT's kernel requires it.)"""
 
+FOLDED = ".folded.weight"
+"""How the weight's name ends where a batch norm without a convolution became a depthwise one."""
+
 
 class Graph:
     """A ModelProto with its look-up tables. Changing the model makes the tables stale: make a new Graph."""
@@ -140,6 +143,9 @@ def export_float(model: nn.Module, shape: tuple[int, ...], opset: int) -> ModelP
     _fold_leftover_batch_norms(proto)
     if opset < 18:
         lower_opset(proto, opset)
+    given = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    if given != opset:
+        raise UnsupportedGraph(f"torch exports it at opset {given} only, not {opset}", where=type(model).__name__)
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -180,11 +186,11 @@ def _fold_leftover_batch_norms(proto: ModelProto) -> None:
         name = node.output[0]  # torch may share one constant between norms, so their names are not unique
         if len(graph.shapes.get(node.input[0], ())) != 4:
             continue
-        proto.graph.initializer.append(numpy_helper.from_array(weight, f"{name}.folded.weight"))
+        proto.graph.initializer.append(numpy_helper.from_array(weight, f"{name}{FOLDED}"))
         proto.graph.initializer.append(numpy_helper.from_array(bias, f"{name}.folded.bias"))
         conv = helper.make_node(
             "Conv",
-            [node.input[0], f"{name}.folded.weight", f"{name}.folded.bias"],
+            [node.input[0], f"{name}{FOLDED}", f"{name}.folded.bias"],
             [node.output[0]],
             name=node.name,
             group=len(factor),

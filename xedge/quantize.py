@@ -34,6 +34,11 @@ SHRINK = np.linspace(1.0, 0.3, 15)
 """Clipping candidates: the scale as a part of the one that reaches the largest weight."""
 
 
+BIAS_BITS = 28
+"""An int32 bias stays below 2^28, so that the accumulator keeps room for the products and the bias for its
+correction."""
+
+
 @dataclass(frozen=True)
 class WeightScale:
     """One weight on its grid.
@@ -245,8 +250,10 @@ def round_with_feedback(layer: Layer, scale: Array, bits: NDArray[np.int64], blo
     top = np.repeat(2.0 ** (bits - 1) - 1, t).reshape(layer.groups, 1, -1).repeat(per, 1).reshape(s.shape)
     step, bound = torch.from_numpy(s), torch.from_numpy(top)
     h = torch.from_numpy(layer.gram.copy())
-    mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    h += (0.01 * mean)[:, None, None] * torch.eye(size, dtype=h.dtype)
+    variance = h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
+    # A channel that never varies has no covariance but rounding noise, of the order of its squared mean.
+    square = torch.from_numpy(layer.mean.reshape(len(h), -1)).square().mean(1)
+    h += (0.01 * variance + 1e-9 * square + 1e-14)[:, None, None] * torch.eye(size, dtype=h.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     upper = torch.linalg.cholesky((inverse + inverse.mT) / 2, upper=True)
     q = torch.empty_like(w)
@@ -295,12 +302,14 @@ def quantize(
         raise UnsupportedGraph("the graph has no convolution or linear layer with constant weights")
     layers = {name: _layer(graph, node, calibration.patches[name]) for name, node in nodes.items()}
     chosen = _choose(layers, mean_bits, floor or {})
+    ranges = shared_ranges(proto, calibration.clip)
     weights = {}
     for name, layer in layers.items():
         bits = chosen[name]
         scale = np.empty(len(bits))
         for b in np.unique(bits):
             scale[bits == b] = layer.step(int(b))[bits == b]
+        scale = np.maximum(scale, _least_scale(graph, layer, ranges)).astype(np.float32).astype(np.float64)
         q = round_with_feedback(layer, scale, bits) if feedback else round_nearest(layer, scale, bits)
         error = layer.rows - q * scale[:, None, None]
         weights[name] = WeightScale(
@@ -311,7 +320,7 @@ def quantize(
             values=np.ascontiguousarray(from_rows(layer.node, q.astype(np.int8), graph.array(name).shape)),
             bias=_bias(graph, layer, error),
         )
-    return ScaleTable(weights, shared_ranges(proto, calibration.clip))
+    return ScaleTable(weights, ranges)
 
 
 def _choose(layers: Mapping[str, Layer], mean_bits: float, floor: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
@@ -341,14 +350,27 @@ def _choose(layers: Mapping[str, Layer], mean_bits: float, floor: Mapping[str, i
     return out
 
 
-def _bias(graph: Graph, layer: Layer, error: Array) -> NDArray[np.float32] | None:
-    node = layer.node
-    if node.op_type == "MatMul":
-        return None
-    count = len(layer.rows)
+def _float_bias(graph: Graph, layer: Layer) -> Array:
+    node, count = layer.node, len(layer.rows)
     has = len(node.input) > 2 and node.input[2] and graph.is_constant(node.input[2])
     bias = graph.array(node.input[2]).astype(np.float64).reshape(-1) if has else np.zeros(count)
-    bias = np.broadcast_to(bias, (count,))
+    return np.broadcast_to(bias, (count,))
+
+
+def _least_scale(graph: Graph, layer: Layer, ranges: Mapping[str, tuple[float, float]]) -> Array:
+    """Scales [O] below which the bias, an int32 in steps of s_in * s_w, would overflow: channels that a batch norm
+    has all but switched off have tiny weights and a bias of ordinary size."""
+    span = ranges.get(layer.node.input[0])
+    if span is None:
+        return np.zeros(len(layer.rows))
+    return np.abs(_float_bias(graph, layer)) / (2.0**BIAS_BITS * float(asymmetric(*span)[0]))
+
+
+def _bias(graph: Graph, layer: Layer, error: Array) -> NDArray[np.float32] | None:
+    node, count = layer.node, len(layer.rows)
+    if node.op_type == "MatMul":
+        return None
+    bias = _float_bias(graph, layer)
     if node.op_type != "ConvTranspose":  # borders make the mean of a transposed convolution differ by position
         mean = np.repeat(layer.mean, count // layer.groups, 0)
         bias = bias + (error[:, 0] * mean).sum(1)

@@ -136,15 +136,17 @@ def calibrate(
             high[name] = max(high[name], float(v.max()))
         for node in weighted:
             w = node.input[1]
-            p = patches(node, values[node.input[0]], shapes[w], groups_of(node))
+            # In float64: the covariance is a small difference of these where a channel's mean is large, and float32
+            # products leave it indefinite.
+            p = patches(node, values[node.input[0]], shapes[w], groups_of(node)).astype(np.float64)
             g, n, k = p.shape
-            mean = p.sum(1, dtype=np.float64)
+            mean = p.sum(1)
             if split[w]:
                 c = shapes[w][1] if node.op_type == "Conv" else k
                 q = p.reshape(g, n, c, k // c).transpose(0, 2, 1, 3).reshape(g * c, n, k // c)
-                gram = (q.transpose(0, 2, 1) @ q).astype(np.float64)
+                gram = q.transpose(0, 2, 1) @ q
             else:
-                gram = (p.transpose(0, 2, 1) @ p).astype(np.float64)
+                gram = p.transpose(0, 2, 1) @ p
             grams[w] = grams[w] + gram if w in grams else gram
             means[w] = means[w] + mean if w in means else mean
             counts[w] = counts.get(w, 0) + n
@@ -239,7 +241,7 @@ def shared_ranges(proto: ModelProto, clip: dict[str, tuple[float, float]]) -> di
         return n
 
     for node in graph.nodes:
-        if node.op_type in MOVES or node.op_type == "Concat" or (node.op_type == "Resize" and _nearest(node)):
+        if _moves(node) or node.op_type == "Concat":
             data = [*node.input] if node.op_type == "Concat" else [node.input[0]]
             names = [n for n in [*data, *node.output] if n in clip]
             for n in names[1:]:
@@ -251,14 +253,21 @@ def shared_ranges(proto: ModelProto, clip: dict[str, tuple[float, float]]) -> di
         old = span.get(r, (0.0, 0.0))
         span[r] = (min(old[0], lo), max(old[1], hi))
     out = {n: span[root(n)] for n in clip}
-    fixed = {"Sigmoid": (0.0, 255 / 256), "HardSigmoid": (0.0, 255 / 256), "Softmax": (0.0, 255 / 256)}
+    # LiteRT's kernels write these on one grid only. What merely moves their result lies on it too.
+    unit = (0.0, 255 / 256)
+    fixed = {"Sigmoid": unit, "HardSigmoid": unit, "Softmax": unit, "Tanh": (-1.0, 127 / 128)}
     for node in graph.nodes:
         if node.op_type in fixed and node.output[0] in out:
             out[node.output[0]] = fixed[node.op_type]
-        if node.op_type == "Tanh" and node.output[0] in out:
-            out[node.output[0]] = (-1.0, 127 / 128)
+            behind = [node.output[0]]
+            while behind:
+                for after in graph.consumers.get(behind.pop(), []):
+                    if _moves(after):
+                        out.update({n: fixed[node.op_type] for n in after.output if n in out})
+                        behind.extend(after.output)
     return out
 
 
-def _nearest(node: NodeProto) -> bool:
-    return attributes(node).get("mode", b"nearest") == b"nearest"
+def _moves(node: NodeProto) -> bool:
+    nearest = node.op_type == "Resize" and attributes(node).get("mode", b"nearest") == b"nearest"
+    return node.op_type in MOVES or nearest

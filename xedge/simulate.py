@@ -7,6 +7,7 @@ graph is which ONNX tensor (two random inputs; no names are trusted), and so als
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
@@ -16,8 +17,8 @@ from onnx import ModelProto
 from torch import Tensor, fx, nn
 
 from xedge.errors import InternalError, UnsupportedGraph
-from xedge.export import Grid, grids
-from xedge.onnx_graph import Graph, exposing, session
+from xedge.export import Grid, grids, integer_bias
+from xedge.onnx_graph import FOLDED, Graph, exposing, session
 from xedge.quantize import ScaleTable
 from xedge.target import Flavour
 
@@ -117,7 +118,14 @@ def align(
             fix="report this model: it is an exporter bug",
         )
     position = {name: i for i, name in enumerate(order)}
-    return {t: min(names, key=position.__getitem__) for t, names in found.items() if names and t in tensors}
+    # An untrained batch norm changes nothing, so its result is also its input's: it must not be taken for that.
+    norms = {n.output[0] for n in graph.weighted() if n.input[1].endswith(FOLDED)}
+    results = {n.name for n in module.graph.nodes if n.target is operator.getitem or "batch_norm" in _kind(n)}
+    return {
+        t: min((names & results or names) if t in norms else names, key=position.__getitem__)
+        for t, names in found.items()
+        if names and t in tensors
+    }
 
 
 class Quantized(nn.Module):
@@ -143,12 +151,14 @@ class Quantized(nn.Module):
         self.graph_module = torch_graph(model, shape)
         self.single = _batch_fixed(self.graph_module)
         rounded = grids(graph, table, flavour)
-        outputs = {n.input[1]: n.output[0] for n in graph.weighted()}
+        weighted = {n.input[1]: n for n in graph.weighted()}
+        outputs = {name: n.output[0] for name, n in weighted.items()}
         where = align(self.graph_module, float_model, list(dict.fromkeys([*rounded, *outputs.values()])), shape)
         self.unmatched = sorted(n for n in rounded if n not in where)
         self.rounding: dict[str, Grid] = {where[n]: g for n, g in rounded.items() if n in where}
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.passes: set[str] = set()
+        self.norms: set[str] = set()
         nodes = {n.name: n for n in self.graph_module.graph.nodes}
         for name, scale in table.weights.items():
             node = nodes.get(where.get(outputs[name], ""))
@@ -156,16 +166,32 @@ class Quantized(nn.Module):
                 raise UnsupportedGraph(
                     f"torch's graph has no node for {outputs[name]}", where=scale.layer, fix="exclude that layer"
                 )
-            # The exporter folded what stands between the convolution and this node: all of it becomes one pass.
-            while not _is_weighted(node):
-                self.passes.add(node.name)
-                (node,) = [a for a in node.all_input_nodes if a.op == "call_function"] or [None]
-                if node is None:
-                    raise UnsupportedGraph("no convolution or linear produces it", where=scale.layer, fix="exclude it")
+            node = self._weighted_node(node, scale.layer, norm=name.endswith(FOLDED))
             step = scale.scale.reshape([-1 if i == scale.axis else 1 for i in range(scale.values.ndim)])
             value = torch.from_numpy(scale.values.astype(np.float32) * step)
-            bias = None if scale.bias is None else torch.from_numpy(scale.bias.copy())
-            self.weights[node.name] = (value, bias)
+            bias = scale.bias
+            source = weighted[name].input[0]
+            if bias is not None and flavour != "tensorrt" and source in rounded:
+                integers, accumulator = integer_bias(bias, rounded[source], scale.scale)
+                bias = integers.astype(np.float32) * accumulator
+            self.weights[node.name] = (value, None if bias is None else torch.from_numpy(bias.copy()))
+
+    def _weighted_node(self, node: fx.Node, layer: str, *, norm: bool) -> fx.Node:
+        """The convolution, linear or lone batch norm (`norm`) whose result `node` is.
+
+        What stands between, the exporter folded: a batch norm and the choice of its first output pass values on.
+        """
+        while not _is_weighted(node):
+            kind = _kind(node)
+            if norm and "batch_norm" in kind:
+                self.norms.add(node.name)
+                return node
+            before = [a for a in node.all_input_nodes if a.op == "call_function"]
+            if len(before) != 1:
+                raise UnsupportedGraph("no convolution or linear produces it", where=layer, fix="exclude it")
+            self.passes.add(node.name)
+            (node,) = before
+        return node
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch [N, C, H, W]."""
@@ -178,9 +204,14 @@ def _batch_fixed(module: fx.GraphModule) -> bool:
     return isinstance(first.meta["val"].shape[0], int)
 
 
-def _is_weighted(node: fx.Node) -> bool:
+def _kind(node: fx.Node) -> str:
+    """An ATen operator's name without its namespace and overload; empty for anything else."""
     parts = str(node.target).split(".")
-    return node.op == "call_function" and len(parts) > 1 and parts[1] in WEIGHTED_ATEN
+    return parts[1] if node.op == "call_function" and len(parts) > 1 else ""
+
+
+def _is_weighted(node: fx.Node) -> bool:
+    return _kind(node) in WEIGHTED_ATEN
 
 
 class _Rounded(fx.Interpreter):
@@ -205,7 +236,9 @@ class _Rounded(fx.Interpreter):
     def _weighted(self, n: fx.Node) -> Any:
         weight, bias = self.owner.weights[n.name]
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        kind = str(n.target).split(".")[1]
+        kind = _kind(n)
+        if n.name in self.owner.norms:  # as the exported graph has it: a depthwise convolution
+            return torch.nn.functional.conv2d(args[0], weight, bias, groups=len(weight))
         if kind == "addmm":
             return args[1] @ self._shaped(weight, args[2]) + (0 if bias is None else bias)
         if kind in ("matmul", "mm"):
