@@ -299,5 +299,29 @@ def doctor(as_json: bool) -> None:
         raise SystemExit(2)
 
 
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def lint(model: Path, as_json: bool) -> None:
+    """Ask NVIDIA's own parser and builder whether TensorRT takes MODEL.onnx; no GPU is needed."""
+    from dataclasses import asdict
+    from importlib import import_module
+
+    from xedge.errors import UnsupportedGraph
+
+    found = import_module("xedge.targets.tensorrt_lint").lint(model)
+    errors = [f for f in found if f.severity == "error"]
+    if as_json:
+        click.echo(json.dumps([asdict(f) for f in found], indent=1))
+    else:
+        for f in found:
+            click.echo(f)
+        if not errors:
+            click.echo(f"{model}: TensorRT takes it")
+    if errors:
+        n = f"{len(errors)} error" + "s" * (len(errors) > 1)
+        raise UnsupportedGraph(f"TensorRT refuses it, with {n}", where=str(model), fix="mend the nodes named above")
+
+
 if __name__ == "__main__":
     main()
