@@ -39,6 +39,8 @@ from xedge.train import Recipe, fit, predict, reestimate_batch_norm
 
 RANKED = 1024
 """Training images that rank the channels."""
+FELT = 512
+"""Of these, images whose gradients are taken."""
 CHOSEN = 1024
 """Images of `select` that compare allocations."""
 STEP = 0.15
@@ -274,7 +276,7 @@ def _observe(
 ) -> Observed:
     size = fitting(data.shape, gradients=gradients)
     images = batches(data.train, size, shuffle_seed=settings.seed, limit=RANKED)
-    return observe(model, groups, images, teacher, gradients=gradients, seed=settings.seed)
+    return observe(model, groups, images, teacher, gradients=gradients, felt=FELT, seed=settings.seed)
 
 
 def _plan(

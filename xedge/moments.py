@@ -35,7 +35,7 @@ class Moments:
         gram: [C, C], sum of (x - shift)(x - shift)^T.
         cross_total: [C, L], sum of (x - shift) y^T.
         teacher_total: [L], sum of y.
-        teacher_gram: [L, L], sum of y y^T.
+        teacher_square: [L], sum of y^2.
     """
 
     count: int
@@ -44,7 +44,7 @@ class Moments:
     gram: Array
     cross_total: Array
     teacher_total: Array
-    teacher_gram: Array
+    teacher_square: Array
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, shift: Array | None = None) -> Moments:
@@ -59,7 +59,7 @@ class Moments:
             gram=(z.T @ z).double().numpy(),
             cross_total=(z.T @ y.to(z.dtype)).double().numpy(),
             teacher_total=y.sum(0, dtype=torch.float64).numpy(),
-            teacher_gram=(y.T @ y).double().numpy(),
+            teacher_square=y.square().sum(0, dtype=torch.float64).numpy(),
         )
 
     def merge(self, other: Moments) -> Moments:
@@ -76,7 +76,7 @@ class Moments:
             gram=self.gram + moved,
             cross_total=self.cross_total + other.cross_total + np.outer(d, other.teacher_total),
             teacher_total=self.teacher_total + other.teacher_total,
-            teacher_gram=self.teacher_gram + other.teacher_gram,
+            teacher_square=self.teacher_square + other.teacher_square,
         )
 
     @property
@@ -106,12 +106,42 @@ class Moments:
             self.gram[np.ix_(index, index)],
             self.cross_total[index],
             self.teacher_total,
-            self.teacher_gram,
+            self.teacher_square,
         )
 
 
-def add(before: Moments | None, x: Tensor, y: Tensor) -> Moments:
-    """`before` with one more batch, shifted by the first batch's mean."""
-    if before is None:
-        return Moments.of(x, y)
-    return before.merge(Moments.of(x, y, before.shift))
+class Stream:
+    """Moments of batches that come one by one, about the first batch's mean, added up in place."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sums: list[Tensor] = []
+        self._shift: Tensor | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """One batch more: x [N, C], y [N, L]; L may be 0."""
+        if self._shift is None:
+            self._shift = x.mean(0)
+            c, k = x.shape[1], y.shape[1]
+            shapes = ((c,), (c, c), (c, k), (k,), (k,))
+            self._sums = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        z = x - self._shift
+        y = y.to(z.dtype)
+        total, gram, cross, teacher_total, teacher_square = self._sums
+        total += z.sum(0, dtype=torch.float64)
+        gram += z.T @ z
+        if y.shape[1]:
+            cross += z.T @ y
+            teacher_total += y.sum(0, dtype=torch.float64)
+            teacher_square += y.square().sum(0, dtype=torch.float64)
+        self._count += len(x)
+
+    def moments(self) -> Moments:
+        """What has been added up.
+
+        Raises:
+            InternalError: nothing has.
+        """
+        if self._shift is None:
+            raise InternalError("no batch was added")
+        return Moments(self._count, self._shift.double().numpy(), *(s.numpy() for s in self._sums))

@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from xedge.errors import InternalError, UsageError
 from xedge.groups import ChannelGroup, Groups
-from xedge.moments import Moments, add
+from xedge.moments import Moments, Stream
 from xedge.teacher import Teacher
 
 PIXELS = 7
@@ -202,6 +202,7 @@ def observe(
     teacher: Teacher,
     *,
     gradients: bool,
+    felt: int | None = None,
     seed: int = 0,
 ) -> Observed:
     """Stream the data once through the model (eval mode) and gather every tap's moments.
@@ -211,7 +212,8 @@ def observe(
         groups: its channel groups.
         data: batches (x [N, ...], labels [N]); labels are ignored unless the teacher is the labels.
         teacher: what Y is.
-        gradients: whether to gather Taylor and Fisher terms too (one backward pass more).
+        gradients: whether to gather Taylor and Fisher terms too (one or two backward passes more).
+        felt: on how many samples those are gathered, at least; all when None.
         seed: of the labels drawn from the model's own prediction for the Fisher term.
 
     Memory does not grow with the data.
@@ -221,17 +223,18 @@ def observe(
     """
     modules = dict(model.named_modules())
     where = taps(groups, modules)
-    pooled: dict[str, Moments] = {}
-    pixels: dict[str, Moments] = {}
+    pooled: dict[str, Stream] = {}
+    pixels: dict[str, Stream] = {}
     taylor: dict[str, Tensor] = {}
     fisher: dict[str, Tensor] = {}
     draw = torch.Generator().manual_seed(seed)
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    samples = 0
+    samples = touched = 0
     try:
         for x, labels in data:
-            with torch.set_grad_enabled(gradients), _hooks(modules, [t.layer for t in where]) as (inputs, outputs):
+            feel = gradients and (felt is None or touched < felt)
+            with torch.set_grad_enabled(feel), _hooks(modules, [t.layer for t in where]) as (inputs, outputs):
                 logits = model(x)
                 if not bool(torch.isfinite(logits).all()):
                     raise UsageError(
@@ -243,14 +246,18 @@ def observe(
                 flat_out = [e for es in outputs.values() for e in es]
                 felt_in: dict[str, list[Tensor | None]] = {}
                 felt_out: dict[str, list[Tensor | None]] = {}
-                if gradients and flat_in:
+                if feel and flat_in:
                     log_p = torch.log_softmax(logits.flatten(1), 1)
                     own = torch.multinomial(log_p.detach().exp(), 1, generator=draw)[:, 0]
                     target = labels if teacher.kind == "labels" else own
                     loss = -log_p.gather(1, target[:, None]).sum()
-                    g_in = iter(torch.autograd.grad(loss, flat_in, retain_graph=True, allow_unused=True))
-                    likelihood = -log_p.gather(1, own[:, None]).sum()
-                    g_out = iter(torch.autograd.grad(likelihood, flat_out, allow_unused=True))
+                    if target is own:  # one pass serves both
+                        both = torch.autograd.grad(loss, [*flat_in, *flat_out], allow_unused=True)
+                        g_in, g_out = iter(both[: len(flat_in)]), iter(both[len(flat_in) :])
+                    else:
+                        g_in = iter(torch.autograd.grad(loss, flat_in, retain_graph=True, allow_unused=True))
+                        likelihood = -log_p.gather(1, own[:, None]).sum()
+                        g_out = iter(torch.autograd.grad(likelihood, flat_out, allow_unused=True))
                     felt_in = {name: [next(g_in) for _ in ts] for name, ts in inputs.items()}
                     felt_out = {name: [next(g_out) for _ in es] for name, es in outputs.items()}
             with torch.no_grad():
@@ -266,10 +273,10 @@ def observe(
                                 where=name,
                                 fix="keep the channels it reads with --exclude: they cannot be ranked",
                             )
-                        pooled[name] = add(pooled.get(name), _blocks(one, t).mean((2, 3)), y)
+                        pooled.setdefault(name, Stream()).add(_blocks(one, t).mean((2, 3)), y)
                         p = _blocks(_grid(one), t).permute(0, 2, 3, 1)
                         p = p.reshape(-1, p.shape[-1])
-                        pixels[name] = add(pixels.get(name), p, nothing.expand(len(p), 0))
+                        pixels.setdefault(name, Stream()).add(p, nothing.expand(len(p), 0))
                     # A layer that is called twice loses the channel in both calls.
                     changes = [
                         _change(one, _channels_first(g, module), t)
@@ -283,6 +290,7 @@ def observe(
                             per = _channels_first(g, module).double().square()
                             fisher[name] = fisher.get(name, 0) + per.sum((0, *range(2, per.dim())))
             samples += len(x)
+            touched += len(x) if feel else 0
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -293,18 +301,19 @@ def observe(
         name = t.layer
         if name not in pooled:
             continue  # the layer is never called as a module, its weight is used by a function call
-        c = pooled[name].channels
+        averaged = pooled[name].moments()
+        c = averaged.channels
         w = [consumer_weight(modules[name], b) for b in t.blocks.values()]
         outputs_count = w[0].shape[0]
         r = max(p.shape[2] for p in w)
         weight = np.concatenate([np.pad(p, ((0, 0), (0, 0), (0, r - p.shape[2]), (0, 0))) for p in w], axis=1)
         seen[name] = Seen(
             tap=t,
-            pooled=pooled[name],
-            pixels=pixels[name],
-            taylor=_array(taylor.get(name), c) / samples,
+            pooled=averaged,
+            pixels=pixels[name].moments(),
+            taylor=_array(taylor.get(name), c) / max(touched, 1),
             weight=weight,
-            fisher=_array(fisher.get(name), outputs_count) / samples,
+            fisher=_array(fisher.get(name), outputs_count) / max(touched, 1),
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     producers = {

@@ -73,7 +73,7 @@ def solve(moments: Moments, teacher: Teacher, eps: float, *, standardise: bool =
 def scale(moments: Moments, teacher: Teacher) -> float:
     """What DI can at most be, so that teachers of any size compare: tr(Y Y^T) of the centred, weighted teacher."""
     w = teacher.weights(moments.teacher_total)
-    centred = np.diag(moments.teacher_gram) - moments.teacher_total**2 / moments.count
+    centred = moments.teacher_square - moments.teacher_total**2 / moments.count
     return float(np.sum(centred * w**2)) or 1.0
 
 
