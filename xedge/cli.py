@@ -254,6 +254,38 @@ def report(run: Path, html: bool, markdown: bool, as_json: bool) -> None:
         _print_report(found, run)
 
 
+@main.command()
+@click.argument("path", metavar="ARTEFACT|RUN", type=click.Path(path_type=Path))
+@click.option("--layer-info", type=click.Path(path_type=Path), help="What trtexec --exportLayerInfo wrote.")
+@click.option("--profile", type=click.Path(path_type=Path), help="benchmark_model's log, or its profiling CSV.")
+@click.option("--require-integer", type=FRACTION, metavar="SHARE", help="Exit with 6 when fewer MACs are integer.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def audit(
+    path: Path, layer_info: Path | None, profile: Path | None, require_integer: float | None, as_json: bool
+) -> None:
+    """Say per layer what was planned, what runs, and why not in integers."""
+    from xedge import audit as audits
+
+    found = audits.audit(path, layer_info, profile)
+    if as_json:
+        click.echo(json.dumps({"audits": [a.to_json() for a in found]}, indent=1))
+    else:
+        click.echo("\n\n".join(audits.to_text(a) for a in found))
+    if require_integer is not None:
+        audits.require_integer(found, require_integer)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--to", "kind", type=click.Choice(["tflite"]), required=True, help="Format to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [MODEL with the new suffix]")
+def convert(model: Path, kind: str, output: Path | None) -> None:
+    """Convert an ONNX model: float, or quantised (Q/DQ) by xedge or another tool."""
+    from xedge.convert import convert as run
+
+    click.echo(run(model, kind, output))
+
+
 @main.command(name="list")
 @click.argument("what", type=click.Choice(["models", "data", "targets", "criteria"]))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -268,9 +300,11 @@ def list_(what: str, as_json: bool) -> None:
     elif what == "criteria":
         rows = load.criteria()
     else:
-        rows = {
-            n: t.summary + (f" (also: {', '.join(t.aliases)})" if t.aliases else "") for n, t in load.targets().items()
-        }
+        targets = load.targets()
+        if as_json:
+            click.echo(json.dumps({n: t.to_json() for n, t in targets.items()}, indent=1))
+            return
+        rows = {n: t.summary + (f" (also: {', '.join(t.aliases)})" if t.aliases else "") for n, t in targets.items()}
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return

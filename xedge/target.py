@@ -7,24 +7,45 @@ One file under `targets/` holds one `TARGET = Target(...)`. A board is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Flavour = Literal["tensorrt", "litert", "onnxruntime"]
-"""Which QDQ dialect of ONNX the target is written from:
+Flavour = Literal["tensorrt", "litert", "onnxruntime", "float"]
+"""Which dialect of ONNX the target is written from, Q/DQ but for the last:
 
 - ``tensorrt``: int8 symmetric activations (zero-point 0), int8 weights per channel on axis 0, float bias, Q/DQ
   only where a convolution, linear or residual add reads.
 - ``litert``: int8 asymmetric activations on every tensor, int8 weights per channel, int32 bias (scale s_in * s_w).
 - ``onnxruntime``: uint8 asymmetric activations on every tensor, int8 weights per channel, int32 bias.
+- ``float``: no Q/DQ, for chips whose runtime has no integer arithmetic.
 """
 
 Runner = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """A compiled model on this host: a batch [N, C, H, W] of float32 in, the outputs [N, ...] of float32 out."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number or name from a data sheet.
+
+    Attributes:
+        name: such as ``memory bandwidth``; unique within a target.
+        value: as the source gives it.
+        unit: ``GB/s``, ``GHz``; empty where there is none.
+        source: the page or document it was read in.
+    """
+
+    name: str
+    value: str | int | float
+    unit: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,8 @@ class Target:
             `folder` (which exists) and return the model file. Raises UnsupportedGraph, naming the node.
         load: ``load(model_path, threads) -> Runner``: run the artefact on this host as exactly as it can be run.
         aliases: other names for ``--target``.
-        sources: where each fact comes from.
+        facts: of the chip and its software, each with its source.
+        sources: where the rules above come from.
     """
 
     name: str
@@ -71,4 +93,11 @@ class Target:
     weight_bits: tuple[int, ...] = (8,)
     activation_symmetric: bool = False
     aliases: tuple[str, ...] = ()
+    facts: tuple[Fact, ...] = ()
     sources: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the two functions."""
+        names = ("name", "summary", "flavour", "align", "opset", "suffix", "weight_bits", "activation_symmetric")
+        facts = {n: getattr(self, n) for n in (*names, "aliases", "sources")}
+        return {**facts, "facts": [asdict(f) for f in self.facts]}

@@ -1,0 +1,40 @@
+"""`xedge convert`: an ONNX model, float or Q/DQ, in another runtime's format."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+
+from xedge.errors import UsageError
+from xedge.run import writing
+
+
+def convert(model: Path, kind: str, output: Path | None = None) -> Path:
+    """Write `model` as `kind`; the file appears whole or not at all.
+
+    Args:
+        model: ONNX, float or quantised in Q/DQ form, by whatever tool.
+        kind: the target that compiles it: "tflite".
+        output: file to write; by default beside the model, with the format's suffix.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: the model is missing or is not ONNX, or the file cannot be written.
+        UnsupportedGraph: an operator has no form there; it is named.
+    """
+    target = importlib.import_module(f"xedge.targets.{kind}").TARGET
+    output = model.with_suffix(target.suffix) if output is None else output
+    if output.is_dir():
+        raise UsageError("is a folder", where=str(output), fix="name the file with -o")
+    if output.exists() and model.exists() and output.samefile(model):
+        raise UsageError("is the model itself", where=str(output), fix="name another file with -o")
+    with writing(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the result, so that the last step is a rename within one file system.
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+            made: Path = target.compile(model, Path(folder), "model")
+            made.replace(output)
+    return output
