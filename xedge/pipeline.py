@@ -278,7 +278,7 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
                 {"float": floats, "scales": scales, "flavour": target.flavour},
                 lambda p, t=target: onnx.save(write_flavour(onnx.load(floats), table, t.flavour), p),  # type: ignore[misc]
             )
-            models[target.name] = _artefact(run, target, flavoured, request.model)
+            models[target.name] = _artefact(run, target, flavoured)
         originals = {t.suffix: _baseline(run, t, plain) for t in loaded.targets}
         from xedge.verify import verify
 
@@ -370,12 +370,10 @@ def _write_plan(result: Result, table: ScaleTable, path: Path) -> None:
     path.write_text(json.dumps(plan.to_json(), sort_keys=True) + "\n")
 
 
-def _artefact(run: Run, target: Target, flavoured: Path, model: str) -> Path:
-    name = re.sub(r"[^A-Za-z0-9_]+", "-", model.rpartition(":")[2])
-
+def _artefact(run: Run, target: Target, flavoured: Path) -> Path:
     def make(folder: Path) -> None:
         folder.mkdir()
-        target.compile(flavoured, folder, name)
+        target.compile(flavoured, folder, "model")
 
     folder = run.step(f"targets/{target.name}", {"onnx": flavoured, "target": target.name}, make)
     return next(p for p in sorted(folder.iterdir()) if p.suffix == target.suffix)
