@@ -237,6 +237,7 @@ class _Gathering:
         self, roots: dict[tuple[str, int], Ints], where: dict[int, tuple[str, int]]
     ) -> Iterator[tuple[str, str]]:
         """(layer, reason) of each producer with channels in no group."""
+        yield from self.trace.computed.items()
         for (param, axis), found in roots.items():
             if self.trace.kinds[param, axis] != "out" or len(self._shapes[param]) < 2:
                 continue

@@ -122,7 +122,7 @@ def varying(core: Tensor) -> list[int]:
     return [dim for dim, size in enumerate(core.shape) if size > 1]
 
 
-MOST_ELEMENTS = 1 << 22  # a parameter larger than this is not labelled element by element
+MOST_ELEMENTS = 1 << 18  # a parameter larger than this is not labelled element by element
 
 Axis = tuple[str, int]
 """A parameter's name and one of its dimensions."""
@@ -159,6 +159,7 @@ class Labelling:
         self.stuck_params: dict[str, str] = {}
         self.counts: list[Count] = []
         self.touched: set[str] = set()
+        self.computed: dict[str, str] = {}  # layers whose weight is no parameter but computed from some
         self.parameters = {name for name, _ in model.named_parameters()}
         self._first: dict[int, str] = {}
         self._owners: dict[str, list[str]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
-from xedge.labels import Act, Ints, Par, collapse, shape_of, varying
+from xedge.labels import Act, Ints, Par, collapse, modules_of, shape_of, varying
 from xedge.moves import Moves
 
 
@@ -113,7 +113,7 @@ class Mixes(Moves):
     def _linear(self, node: fx.Node, bound: Any, x: Any, weight: Any, bias: Any, in_axis: int) -> Any:
         act = self._act(x)
         if not isinstance(weight, Par) or isinstance(bias, Act):
-            return self._stuck(node, bound, "weight computed in forward")
+            return self._computed(node, bound)
         core = collapse(self.labels, act.core)
         dims = varying(core)
         if dims and dims != [core.ndim - 1]:
@@ -150,6 +150,12 @@ class Mixes(Moves):
     _op_bmm = _op_matmul
     _op_mm = _op_matmul
 
+    def _computed(self, node: fx.Node, bound: Any) -> Any:
+        """A standardised or generated weight: an element of it depends on many, which a cut would change."""
+        reason = "weight computed in forward: fold it first"
+        self.computed.setdefault(modules_of(node)[0], reason)
+        return self._stuck(node, bound, reason)
+
     def _consume(self, weight: Par, dim: int, labels: Ints, inputs: Ints) -> None:
         self._meet(weight, dim, labels, "in")
         self.inputs.setdefault(weight.name, inputs)  # a second reader of the same weight is united by index above
@@ -161,7 +167,7 @@ class Mixes(Moves):
     def _conv(self, node: fx.Node, bound: dict[str, Any], transposed: bool) -> Any:
         x, weight, bias, groups = self._act(bound["input"]), bound["weight"], bound.get("bias"), bound["groups"]
         if not isinstance(weight, Par) or isinstance(bias, Act):
-            return self._stuck(node, bound, "weight computed in forward")
+            return self._computed(node, bound)
         shape = shape_of(node)
         dim = len(x.shape) - (len(weight.shape) - 2) - 1
         labels = self._vector(x, dim)
@@ -182,6 +188,7 @@ class Mixes(Moves):
             self._meet(weight, 0, np.repeat(blocks[:, 0], weight.shape[0] // groups), "pass")
             self._bias(bias, out, "pass")
             self._width(weight, "groups", blocks[:, 0])
+            self._count(node, groups, blocks[:, 0])  # a functional convolution keeps it under another name
         else:
             # Every group loses the same places, in and out: AlexNet's 2 groups of 48.
             rows = labels.reshape(groups, per_in)
