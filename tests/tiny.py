@@ -6,10 +6,6 @@ are options of the data spec, `tests/tiny.py:data?val=noise`.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xedge.data import Data, Tensors
-from xedge.errors import UsageError
 
 HERE = Path(__file__).resolve()
 NET = f"{HERE}:net"
@@ -55,7 +50,7 @@ def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
     row, column = torch.arange(SIDE).view(-1, 1), torch.arange(SIDE).view(1, -1)
     stripes = torch.stack([row + 0 * column, column + 0 * row, row + column, row - column]).float()
     phase = torch.rand(count, 1, 1, generator=draw) * 6.28
-    x = torch.sin(stripes[y] * 1.6 + phase) + 0.6 * torch.randn(count, SIDE, SIDE, generator=draw)
+    x = torch.sin(stripes[y] * 1.6 + phase) + 1.3 * torch.randn(count, SIDE, SIDE, generator=draw)
     return x.unsqueeze(1), y
 
 
@@ -74,7 +69,7 @@ def train(path: Path) -> Path:
     torch.manual_seed(0)
     model, (x, y) = net(), pictures(256, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
