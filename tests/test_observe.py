@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,6 +56,13 @@ def case(model: nn.Module, shape: tuple[int, ...] = (3, 8, 8), *, gradients: boo
     return Case(
         model, groups, x, labels, observe(model, groups, batches, Teacher("labels", CLASSES), gradients=gradients)
     )
+
+
+@functools.cache
+def common(make: Callable[[], nn.Module]) -> Case:
+    """One case of each class for the tests that only read it."""
+    torch.manual_seed(0)
+    return case(make())
 
 
 def slopes(c: Case, layer: str, index: NDArray[np.int64], step: float = 1e-5) -> Tensor:
@@ -168,7 +176,7 @@ ALL: list[Callable[[], nn.Module]] = [Flat, TwoReaders, Grouped, Mixed, Twice, C
 
 @pytest.mark.parametrize("make", ALL)
 def test_taylor_is_the_derivative_by_the_channels_scale(make: Callable[[], nn.Module]) -> None:
-    check_taylor(case(make()))
+    check_taylor(common(make))
 
 
 def inputs_of(c: Case, layer: str) -> list[Tensor]:
@@ -189,7 +197,7 @@ def inputs_of(c: Case, layer: str) -> list[Tensor]:
 @pytest.mark.parametrize("make", ALL)
 @pytest.mark.parametrize("gradients", [False, True])
 def test_moments_are_those_of_the_layers_input(make: Callable[[], nn.Module], gradients: bool) -> None:
-    c = case(make(), gradients=gradients)
+    c = common(make) if gradients else case(make(), gradients=False)
     assert c.observed.samples == len(c.x)
     for layer, seen in c.observed.seen.items():
         pooled, pixels = [], []
@@ -248,20 +256,20 @@ def test_weight_seen_from_the_input(grouped: nn.Module, plain: nn.Module) -> Non
 
 
 def test_weight_of_a_flatten_of_a_tap() -> None:
-    c = case(Flat())
+    c = common(Flat)
     fc = c.model.fc
     assert isinstance(fc, nn.Linear)
     want = fc.weight.detach().numpy().reshape(7, 6, 4, 1)
     np.testing.assert_allclose(c.tap("fc").weight, want)
     assert c.tap("b").weight.shape == (6, 5, 1, 9)
-    mixed = case(Mixed()).tap("head")
+    mixed = common(Mixed).tap("head")
     assert mixed.weight.shape == (CLASSES, 11, 4, 1)
     assert not mixed.weight[:, mixed.tap.columns("b"), 1:].any()  # padded where a block has fewer places
 
 
 @pytest.mark.parametrize("make", ALL)
 def test_fisher_is_the_mean_squared_gradient_at_the_outputs(make: Callable[[], nn.Module]) -> None:
-    c = case(make())
+    c = common(make)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         log_p = torch.log_softmax(c.model(c.x), 1)
@@ -306,7 +314,7 @@ def test_fisher_and_taylor_against_finite_differences_of_a_linear_layer(seed: in
 
 
 def test_a_tensor_read_by_two_layers_gives_each_its_own_gradient() -> None:
-    c = case(TwoReaders())
+    c = common(TwoReaders)
     left, right = c.tap("left"), c.tap("right")
     assert [s.tap.layer for s, _ in c.observed.of(c.groups["a"])] == ["left", "right"]
     assert not np.allclose(left.taylor, right.taylor)
@@ -440,7 +448,7 @@ def test_frozen_parameters_are_observed_like_others(seed: int) -> None:
 
 
 def test_producer_weights_by_channel() -> None:
-    c = case(Grouped())
+    c = common(Grouped)
     a, t = c.model.get_submodule("a"), c.model.get_submodule("d")
     assert isinstance(a.weight, Tensor)
     assert isinstance(t.weight, Tensor)
@@ -477,7 +485,7 @@ def test_what_cannot_be_observed_is_said() -> None:
 
 
 def test_frozen_groups_have_no_taps_and_columns_are_named() -> None:
-    c = case(Mixed())
+    c = common(Mixed)
     modules = dict(c.model.named_modules())
     (tap,) = taps(c.groups, modules)
     assert (tap.columns("a"), tap.columns("b")) == (slice(0, 5), slice(5, 11))
