@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from xedge.errors import UsageError
 from xedge.onnx_graph import session
 from xedge.run import digest_file
 from xedge.target import Runner, Target
@@ -114,21 +116,31 @@ def compile_onnx(onnx_path: Path, folder: Path, name: str) -> Path:
     """Write the artefact folder: model.onnx, build.sh, README.md, and manifest.json with the hash of each.
 
     Equal input gives equal bytes.
+
+    Raises:
+        UsageError: the file is missing, is not ONNX, or keeps its weights elsewhere.
     """
     model = folder / "model.onnx"
+    try:
+        proto = onnx.load(onnx_path, load_external_data=False)
+    except (FileNotFoundError, DecodeError) as e:
+        raise UsageError("is not an ONNX model", where=str(onnx_path), fix="give the path of one") from e
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer):
+        raise UsageError("keeps its weights in another file", where=str(onnx_path), fix="save it as one file")
     shutil.copyfile(onnx_path, model)
-    proto = onnx.load(model)
     quantized = tensorrt_engine.quantized(proto)
     build = folder / "build.sh"
     build.write_text(script(quantized=quantized))
     build.chmod(0o755)
     opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     readme = folder / "README.md"
+    kind = "int8 Q/DQ" if quantized else "float"
+    ten, eleven = (shlex.join(command(v, quantized=quantized)) for v in (10, 11))
     readme.write_text(
-        f"1. {name}: {'int8 Q/DQ' if quantized else 'float'} ONNX, opset {opset}, batch 1. Copy this folder to the board and run `./build.sh`; an engine "
-        "built elsewhere does not load there.\n"
-        f"2. TensorRT 10 (JetPack 6): `{shlex.join(command(10, quantized=quantized))}`\n"
-        f"3. TensorRT 11 (JetPack 7.2.2 and later): `{shlex.join(command(11, quantized=quantized))}`\n"
+        f"1. {name}: {kind} ONNX, opset {opset}, batch 1. Copy this folder to the board and run `./build.sh`; an "
+        "engine built elsewhere does not load there.\n"
+        f"2. TensorRT 10 (JetPack 6): `{ten}`\n"
+        f"3. TensorRT 11 (JetPack 7.2.2 and later): `{eleven}`\n"
     )
     initializers = {t.name for t in proto.graph.initializer}
     manifest = {

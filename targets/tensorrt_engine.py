@@ -226,8 +226,9 @@ def missing() -> str | None:
     return None
 
 
-def logger(trt: ModuleType) -> tuple[Any, list[tuple[str, str]]]:
-    """A TensorRT logger that keeps (severity, message) of warnings and errors instead of printing them."""
+def logger(trt: ModuleType, *, everything: bool = False) -> tuple[Any, list[tuple[str, str]]]:
+    """A TensorRT logger that keeps (severity, message) of warnings and errors instead of printing them; with
+    `everything` of the rest as well, as "info"."""
     kept: list[tuple[str, str]] = []
     worth = {int(s): n for n, s in (("error", trt.ILogger.INTERNAL_ERROR), ("warning", trt.ILogger.WARNING))}
     worth[int(trt.ILogger.ERROR)] = "error"
@@ -239,8 +240,8 @@ def logger(trt: ModuleType) -> tuple[Any, list[tuple[str, str]]]:
             base.__init__(self)  # pybind11 wants it named
 
         def log(self, severity: Any, message: str) -> None:
-            if int(severity) in worth:
-                kept.append((worth[int(severity)], message))
+            if everything or int(severity) in worth:
+                kept.append((worth.get(int(severity), "info"), message))
 
     return Log(), kept
 

@@ -7,15 +7,17 @@ and speed say nothing about a Jetson's; whether a graph is refused, and at which
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto
 
-from xedge.errors import UsageError
+from xedge.errors import UnsupportedGraph, UsageError
 from xedge.targets.tensorrt_engine import logger, network_flags
 
 Stage = Literal["parse", "build", "meaning"]
@@ -72,13 +74,70 @@ def lint(onnx_path: Path, *, build: bool = True) -> list[Finding]:
         if parser.num_errors == 0:
             found.append(Finding("error", "parse", "", "", _said(kept)))
         refused = {f.node for f in found if f.stage == "parse"}
-        return [f for f in found if f.stage == "parse" or f.node not in refused]
+        others = [f for f in found if f.stage == "meaning" and f.node not in refused]
+        return [f for f in found if f.stage == "parse"] + others
     if build:
         config = builder.create_builder_config()
         if builder.build_serialized_network(network, config) is None:
             found.append(Finding("error", "build", "", "", _said(kept)))
     warnings = dict.fromkeys(_clean(m) for s, m in kept if s == "warning" and "UINT8 zero_point" not in m)
     return found + [Finding("warning", "parse", "", "", m) for m in warnings]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of the engine that tensorrt-rtx built.
+
+    Attributes:
+        kind: ``correlation`` is a convolution or linear layer; ``kgen`` is generated, elementwise work.
+        layers: names of the ONNX nodes it computes.
+        reads, writes: types of its tensors, constants aside, such as ``Int8`` and ``Float``.
+    """
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+def kernels(onnx_path: Path) -> list[Kernel]:
+    """Build a graph and list its kernels, in order: which tensors cross kernels, and in which type.
+
+    The engine inspector needs a GPU; what it would say stands in the builder's verbose log too. A Jetson's builder
+    fuses more into its convolutions (bias, addition, activation, rounding), so what counts here is which types enter
+    a convolution and which tensors are written.
+
+    Raises:
+        UsageError: as `lint`. UnsupportedGraph: TensorRT does not take the graph.
+    """
+    found = [f for f in lint(onnx_path, build=False) if f.severity == "error"]
+    if found:
+        raise UnsupportedGraph(str(found[0]), where=str(onnx_path))
+    trt = _import()
+    log, kept = logger(trt, everything=True)
+    builder = trt.Builder(log)
+    network = builder.create_network(network_flags(trt, strongly_typed=True))
+    parser = trt.OnnxParser(network, log)
+    parser.parse(onnx_path.read_bytes())
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if builder.build_serialized_network(network, config) is None:
+        raise UnsupportedGraph(_said(kept), where=str(onnx_path))
+    listing = next((m for _, m in kept if m.startswith("Layers:")), "")
+    rows = [_kernel(line) for line in listing.splitlines()]
+    return [k for k in rows if k is not None]
+
+
+def _kernel(line: str) -> Kernel | None:
+    row = re.match(
+        r"Name: (.*?), LayerType: (\w+), Inputs: (\[.*?\])(?:, Constants: .*?)?, Outputs: (\[.*?\]), Tactic", line
+    )
+    if row is None:
+        return None
+    name, kind, reads, writes = row.groups()
+    types = [tuple(re.findall(r"Datatype: (\w+)", part)) for part in (reads, writes)]
+    return Kernel(name, kind, tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", line)), *types)
 
 
 def unsigned(model: ModelProto) -> list[Finding]:
@@ -110,7 +169,7 @@ def _read(path: Path) -> ModelProto:
         model = onnx.load(path)
     except OSError as e:
         raise UsageError(f"cannot be read ({e.strerror})", where=str(path), fix="check the path") from e
-    except Exception as e:  # protobuf's own, whose module has no types
+    except (DecodeError, ValueError) as e:
         raise UsageError("is no ONNX model", where=str(path), fix="give an .onnx file") from e
     if not model.graph.node:
         raise UsageError("is no ONNX model, or an empty one", where=str(path), fix="give an .onnx file")
