@@ -25,6 +25,15 @@ from xedge.prune import certificate, cut
 EXAMPLE = torch.zeros(graphs.EXAMPLE)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tensors are tiny: a second thread only waits for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def some(groups: Groups, seed: int = 0) -> Keep:
     """Any number of any channels of each group, but neither none nor all."""
     generator = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import graphs
 import numpy as np
@@ -21,6 +22,15 @@ from xedge.models.resnet import resnet20
 from xedge.prune import apply_spec, certificate, cut, cut_spec, prune
 
 EXAMPLE = torch.zeros(graphs.EXAMPLE)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tensors are tiny: a second thread only waits for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def some(groups: Groups, seed: int = 0) -> Keep:
