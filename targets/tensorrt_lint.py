@@ -17,7 +17,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto
 
-from xedge.errors import UnsupportedGraph, UsageError
+from xedge.errors import InternalError, UnsupportedGraph, UsageError
 from xedge.targets.tensorrt_engine import logger, network_flags
 
 Stage = Literal["parse", "build", "meaning"]
@@ -109,7 +109,7 @@ def kernels(onnx_path: Path) -> list[Kernel]:
     a convolution and which tensors are written.
 
     Raises:
-        UsageError: as `lint`. UnsupportedGraph: TensorRT does not take the graph.
+        UsageError: as `lint`. UnsupportedGraph: TensorRT does not take the graph. InternalError: the log has changed.
     """
     found = [f for f in lint(onnx_path, build=False) if f.severity == "error"]
     if found:
@@ -125,8 +125,10 @@ def kernels(onnx_path: Path) -> list[Kernel]:
     if builder.build_serialized_network(network, config) is None:
         raise UnsupportedGraph(_said(kept), where=str(onnx_path))
     listing = next((m for _, m in kept if m.startswith("Layers:")), "")
-    rows = [_kernel(line) for line in listing.splitlines()]
-    return [k for k in rows if k is not None]
+    rows = [k for k in map(_kernel, listing.splitlines()) if k is not None]
+    if not rows:
+        raise InternalError(f"tensorrt-rtx {trt.__version__} lists its kernels in another form", where=str(onnx_path))
+    return rows
 
 
 def _kernel(line: str) -> Kernel | None:
