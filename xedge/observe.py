@@ -273,7 +273,7 @@ def observe(
                                 where=name,
                                 fix="keep the channels it reads with --exclude: they cannot be ranked",
                             )
-                        pooled.setdefault(name, Stream()).add(_blocks(one, t).mean((2, 3)), y)
+                        pooled.setdefault(name, Stream()).add(_average(one, t), y)
                         p = _blocks(_grid(one), t).permute(0, 2, 3, 1)
                         p = p.reshape(-1, p.shape[-1])
                         pixels.setdefault(name, Stream()).add(p, nothing.expand(len(p), 0))
@@ -338,11 +338,15 @@ def _blocks(x: Tensor, tap: Tap) -> Tensor:
 
 def _change(x: Tensor, g: Tensor, tap: Tap) -> Tensor:
     """x dLoss/dx of each image and column, summed over the channel's positions: [N, C], float64."""
-    parts = []
-    for b in tap.blocks.values():
-        index = torch.from_numpy(b)
-        parts.append((_columns(x, index) * _columns(g, index)).sum((2, 3), dtype=torch.float64))
-    return torch.cat(parts, 1)
+    felt = x * g
+    felt = felt.flatten(2).sum(2, dtype=torch.float64) if felt.dim() > 2 else felt.double()
+    return torch.cat([felt[:, b.reshape(-1)].reshape(len(x), *b.shape).sum(2) for b in tap.blocks.values()], 1)
+
+
+def _average(x: Tensor, tap: Tap) -> Tensor:
+    """The tap's columns averaged over their positions: [N, C]."""
+    flat = x.flatten(2).mean(2) if x.dim() > 2 else x
+    return torch.cat([flat[:, b.reshape(-1)].reshape(len(x), *b.shape).mean(2) for b in tap.blocks.values()], 1)
 
 
 def _rows(parameter: Tensor, axis: int, index: NDArray[np.int64]) -> NDArray[np.float64]:
