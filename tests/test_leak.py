@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,8 @@ def test_other_validation_data_change_the_report_alone(
     ended = xedge(*words, "-o", other)
     assert ended.code == 0, ended.err
     assert tree(other) == tree(finished)
-    assert {"plan.json", "model.safetensors", "scales.safetensors", "targets/android/net.tflite"} < set(tree(other))
+    assert {"plan.json", "model.safetensors", "scales.safetensors"} < set(tree(other))
+    assert sum(name.endswith((".onnx", ".tflite")) for name in tree(other)) >= 6
     assert choices(other) == choices(finished)
     one, two = (json.loads((f / "verify.json").read_text()) for f in (finished, other))
     assert one["original"]["top1"] > 0.7 > two["original"]["top1"], "the validation data did not differ"
@@ -77,7 +79,7 @@ def test_nothing_reads_validation_data_before_verification(
     words = [closed(tmp_path, "val") if w == tiny.DATA else w for w in arguments]
     ended = xedge(*words, "--quiet", "-o", folder)
     assert ended.code == 2
-    assert "val: raised PermissionError: validation data were read" in ended.err
+    assert re.search(r"val(\[0\])?: raised PermissionError: validation data were read", ended.err), ended.err
     assert ended.err.count("\n") == 1
     assert tree(folder) == tree(finished)  # all was made by then
     assert not (folder / "verify.json").exists()
@@ -104,17 +106,13 @@ def test_the_baseline_is_trained_without_validation_data(xedge: Xedge, tmp_path:
     """A built-in model that comes without weights: its training and its test against chance read no `val`."""
     source = Path(closed(tmp_path, "val").rpartition(":")[0])
     source.write_text(
-        source.read_text() + "\nimport torch, xedge.data\n"
-        "def large():\n"
-        "    whole = tiny.data()\n"
-        "    def up(s):\n"
-        "        x, y = s.batch(range(128))\n"
-        "        return xedge.data.Tensors(torch.nn.functional.interpolate(x, size=28), y)\n"
-        "    return xedge.data.Data(name='large', train=up(whole.train), select=up(whole.select),\n"
-        "        val=Closed(up(whole.val)), classes=4, shape=(1, 28, 28))\n"
+        source.read_text() + "\nfrom xedge.load import load_data\n"
+        "def digits():\n"
+        "    whole = load_data('digits?limit=600', root=None, seed=0)\n"
+        "    return dataclasses.replace(whole, val=Closed(whole.val))\n"
     )
     folder = tmp_path / "run"
-    words = ["-d", f"{source}:large", "--base-epochs", "6", "--batch", "16", "--no-latency", "--target", "host-cpu"]
+    words = ["-d", f"{source}:digits", "--base-epochs", "3", "--batch", "32", "--no-latency", "--target", "host-cpu"]
     started = xedge.start("compress", *words, "-o", folder)
     assert started.reaches((folder / "seals" / "groups.json.json").exists), started.wait().err
     started.kill()

@@ -131,13 +131,14 @@ def test_killed_while_a_file_is_half_written(
     same(folder, finished)
 
 
-@pytest.mark.parametrize("spoiled", ["prune/001.safetensors", "scales.safetensors", "targets/android/net.tflite"])
+@pytest.mark.parametrize("spoiled", ["prune/001.safetensors", "scales.safetensors", "targets/android"])
 def test_a_spoiled_file_is_made_again(
     xedge: Xedge, arguments: list[str], finished: Path, tmp_path: Path, spoiled: str
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    with (folder / spoiled).open("r+b") as f:
+    file = folder / spoiled
+    with (next(file.glob("*.tflite")) if file.is_dir() else file).open("r+b") as f:
         f.seek(-3, os.SEEK_END)
         f.write(b"\0\1\2")
     assert xedge(*arguments, "-o", folder).code == 0
@@ -154,7 +155,7 @@ def test_training_killed_between_epochs_goes_on_from_its_checkpoint(xedge: Xedge
         subprocess.Popen(
             [sys.executable, "-m", "xedge.cli", *words, str(killed)],
             stderr=err,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         ) as process,
     ):
         end = time.monotonic() + 90
