@@ -24,7 +24,7 @@ BUILD = "trtexec --onnx=model.onnx --saveEngine=model.plan --fp16"
 
 
 def compile_float(onnx_path: Path, folder: Path, name: str) -> Path:
-    """Write model.onnx and build-tensorrt8.sh.
+    """Write model.onnx and build.sh.
 
     Raises:
         UnsupportedGraph: the graph holds Q/DQ. UsageError: the file is missing or is not ONNX.
@@ -42,7 +42,7 @@ def compile_float(onnx_path: Path, folder: Path, name: str) -> Path:
             )
     model = folder / "model.onnx"
     shutil.copyfile(onnx_path, model)
-    script = folder / "build-tensorrt8.sh"
+    script = folder / "build.sh"
     script.write_text(
         f'#!/bin/sh\n# On Jetson trtexec lies in /usr/src/tensorrt/bin.\ncd "$(dirname "$0")" && {BUILD}\n'
     )

@@ -1,4 +1,4 @@
-"""Jetson Xavier NX 8 GB (Volta, SM72): TensorRT 8.2 with JetPack 4.6.1, 8.5 with JetPack 5.1."""
+"""Jetson Xavier NX 8 GB (Volta, SM72): TensorRT 8.5 with JetPack 5.1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ JETPACK4 = "NVIDIA, JetPack SDK 4.6.1: developer.nvidia.com/jetpack-sdk-461"
 TARGET = replace(
     tensorrt.TARGET,
     name="jetson-xavier-nx",
-    summary="Jetson Xavier NX 8 GB (Volta, SM72): TensorRT 8.2 with JetPack 4.6.1, 8.5 with JetPack 5.1",
+    summary="Jetson Xavier NX 8 GB (Volta, SM72): TensorRT 8.5 with JetPack 5.1",
     aliases=(),
     facts=(
         Fact("compute capability", "7.2", "", PRECISIONS),

@@ -132,7 +132,7 @@ def read_onnx(path: Path) -> Reading:
     layers = [_onnx_layer(graph, n, flavour) for n in graph.nodes if _is_layer(graph, n)]
     if not layers:
         raise UsageError("has no convolution and no matrix product to audit", where=str(path), fix=fix)
-    unknown = any(0 in graph.shapes.get(n.output[0], (0,)) for n in graph.nodes if _is_layer(graph, n))
+    unknown = any(0 in (_shape(graph, n.output[0]) or (0,)) for n in graph.nodes if _is_layer(graph, n))
     return Reading(
         kind="onnx",
         flavour=flavour,
@@ -144,7 +144,13 @@ def read_onnx(path: Path) -> Reading:
 
 
 def _is_layer(graph: Graph, node: NodeProto) -> bool:
-    return node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and len(graph.shapes.get(node.input[1], ())) > 1
+    return node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and len(_shape(graph, node.input[1])) > 1
+
+
+def _shape(graph: Graph, name: str) -> tuple[int, ...]:
+    if name in graph.initializers:
+        return tuple(graph.initializers[name].dims)
+    return graph.shapes.get(name, ())
 
 
 def _flavour(graph: Graph) -> Flavour:
@@ -190,7 +196,7 @@ def _onnx_layer(graph: Graph, node: NodeProto, flavour: Flavour) -> Layer:
     from xedge.onnx_graph import MOVES
 
     source, weight = node.input[0], node.input[1]
-    shape, out, before = (graph.shapes.get(n, ()) for n in (weight, node.output[0], source))
+    shape, out, before = (_shape(graph, n) for n in (weight, node.output[0], source))
     attributes = {a.name: a for a in node.attribute}
     groups = int(attributes["group"].i) if "group" in attributes else 1
     size = math.prod(max(d, 1) for d in out)
@@ -240,6 +246,8 @@ def _asked(
     if w is None:
         island = " (an island of float between quantised tensors)" if _leaves_quantised(graph, node)[0] else ""
         return real, (f"its weight is not quantised{island}",)
+    if flavour == "tensorrt" and w == "int4":
+        return f"int4 weights, {real}", ("TensorRT has no int4 kernel for int8 activations, and its build fails",)
     asked = "int16" if x == "int16" else w
     if flavour != "tensorrt" and not _leaves_quantised(graph, node)[0]:
         return f"{w} weights, {real}", ("its output is not quantised, so the runtime computes in float",)

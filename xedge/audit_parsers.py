@@ -279,7 +279,7 @@ def parse_profile(text: str, where: str) -> RunLog:
     started = any("benchmark" in line.lower() or "TensorFlow Lite" in line for line in lines)
     if not started and not delegations:
         raise UsageError("is neither benchmark_model's log nor its CSV", where=where, fix=_RERUN)
-    if not any(re.search(r"[Tt]imings in us:.*(?:avg|no stats)\)?: ?[\d.]+", line) for line in lines):
+    if not any(re.search(r"timings in us:.*(?:Inference \(avg\)|no stats): [\d.]+", line) for line in lines):
         raise UsageError("breaks off before benchmark_model's timings", where=where, fix=_RERUN)
     return RunLog(delegations, _table_rows(lines, where))
 
