@@ -22,7 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from xedge import audit as audits
 from xedge.audit import audit, audit_one
-from xedge.audit_graphs import read_onnx, read_tflite
+from xedge.audit_flatbuffer import read_tflite
+from xedge.audit_graphs import read_onnx
 from xedge.audit_parsers import data_type, parse_layer_info, parse_profile
 from xedge.cli import main
 from xedge.errors import UnsupportedGraph, UsageError

@@ -1,9 +1,10 @@
 """Executed-precision audit: per layer what was planned, what the artefact asks for, what the board ran, and why not
 in integers.
 
-    audit_graphs    artefact -> layers, from the ONNX graph or the flatbuffer itself
-    audit_parsers   trtexec --exportLayerInfo, benchmark_model's log and CSV
-    audit           joins them, counts, prints
+    audit_graphs        ONNX graph -> layers
+    audit_flatbuffer    .tflite -> layers
+    audit_parsers       trtexec --exportLayerInfo, benchmark_model's log and CSV
+    audit               joins them, counts, prints
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xedge.audit_graphs import Layer, Reading, is_integer, read_onnx, read_tflite
+from xedge.audit_flatbuffer import read_tflite
+from xedge.audit_graphs import Layer, Reading, is_integer, read_onnx
 from xedge.audit_parsers import EngineInfo, EngineLayer, RunLog, parse_layer_info, parse_profile, read_text
 from xedge.errors import UnsupportedGraph, UsageError
 
@@ -182,8 +184,6 @@ def _planned(layers: list[Layer], run: Path, reading: Reading, notes: list[str])
 
 def _modules(run: Path, table: ScaleTable) -> dict[str, str]:
     """Tensor that a layer writes -> module, so that a .tflite's operators get their layers' names."""
-    from xedge.audit_graphs import read_onnx
-
     found: dict[str, str] = {}
     layers = {w.layer for w in table.weights.values()}
     for graph in sorted(run.glob("model.*.onnx")):
