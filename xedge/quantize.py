@@ -30,6 +30,9 @@ from xedge.ranges import Calibration, Patches, groups_of, shared_ranges, transpo
 Array = NDArray[np.float64]
 LEVELS = np.arange(2, 9)
 """Widths a channel may have inside its int8 container."""
+CORRECTED = ("Conv", "Gemm")
+"""Nodes whose mean error goes into their bias, so that only the covariance of their patches counts. A MatMul has no
+bias, and borders make the mean of a transposed convolution differ by position."""
 SHRINK = np.linspace(1.0, 0.3, 15)
 """Clipping candidates: the scale as a part of the one that reaches the largest weight."""
 
@@ -169,7 +172,7 @@ class Layer:
     """One weighted node ready for rounding.
 
     Attributes:
-        gram: centred covariance of the patches, [B, K', K'] (see `Patches`).
+        gram: covariance of the patches (second moments for nodes that are not CORRECTED), [B, K', K'] (see `Patches`).
         rows: [O, T, K].
         groups: of the convolution.
     """
@@ -206,7 +209,7 @@ class Layer:
         """Scales [O] at a width: the clipping with the least weighted squared error."""
         top = 2 ** (bits - 1) - 1
         full = np.abs(self.rows).max((1, 2)) / top
-        full = np.where(full > 0, full, 1.0 / top)
+        full = np.where(full > 1e-20, full, 1.0 / top)  # weights as good as 0 would give a scale that is no float32
         diagonal = self.diagonal()
         # Where a patch element never varies its weight still counts a little, or its scale would be arbitrary.
         diagonal = diagonal + 1e-3 * (diagonal.mean() or 1.0)
@@ -228,7 +231,9 @@ def _layer(graph: Graph, node: NodeProto, patches: Patches) -> Layer:
         m = patches.mean.reshape(-1, size)
     else:
         m = patches.mean
-    gram = patches.blocks - m[:, :, None] * m[:, None, :]
+    gram = patches.blocks
+    if node.op_type in CORRECTED:
+        gram = gram - m[:, :, None] * m[:, None, :]
     name = node.input[1].removesuffix(".weight")
     return Layer(node, name, to_rows(node, w), (gram + gram.transpose(0, 2, 1)) / 2, patches.mean, g, patches.split)
 
@@ -245,7 +250,8 @@ def round_with_feedback(layer: Layer, scale: Array, bits: NDArray[np.int64], blo
     size = layer.gram.shape[1]
     per = k // size if layer.split else 1
     rows = layer.rows.reshape(layer.groups, o // layer.groups * t, per, size).transpose(0, 2, 1, 3)
-    w = torch.from_numpy(np.ascontiguousarray(rows.reshape(layer.groups * per, -1, size)))
+    # A copy: it changes as errors are fed forward, and the layer's own rows must not.
+    w = torch.from_numpy(rows.reshape(layer.groups * per, -1, size).copy())
     s = np.repeat(scale, t).reshape(layer.groups, 1, -1).repeat(per, 1).reshape(layer.groups * per, -1)
     top = np.repeat(2.0 ** (bits - 1) - 1, t).reshape(layer.groups, 1, -1).repeat(per, 1).reshape(s.shape)
     step, bound = torch.from_numpy(s), torch.from_numpy(top)
@@ -371,7 +377,7 @@ def _bias(graph: Graph, layer: Layer, error: Array) -> NDArray[np.float32] | Non
     if node.op_type == "MatMul":
         return None
     bias = _float_bias(graph, layer)
-    if node.op_type != "ConvTranspose":  # borders make the mean of a transposed convolution differ by position
+    if node.op_type in CORRECTED:
         mean = np.repeat(layer.mean, count // layer.groups, 0)
         bias = bias + (error[:, 0] * mean).sum(1)
     return bias.astype(np.float32)

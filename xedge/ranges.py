@@ -52,11 +52,15 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
 
     K runs like the weight's own axes behind the output axis. A transposed convolution has K = input channels.
     """
-    if node.op_type == "Conv" and len(weight) == 4:
+    if node.op_type == "Conv" and len(weight) in (3, 4):
         a = attributes(node)
         kernel = tuple(weight[2:])
         stride, dilation = _ints(a.get("strides", [1, 1])), _ints(a.get("dilations", [1, 1]))
-        t, left, b, r = _ints(a.get("pads", [0, 0, 0, 0]))
+        pads = _ints(a.get("pads", [0] * 2 * len(kernel)))
+        if len(kernel) == 1:
+            x, kernel, stride, dilation = x[:, :, None], (1, *kernel), [1, *stride[-1:]], [1, *dilation[-1:]]
+            pads = [0, pads[0], 0, pads[1]]
+        t, left, b, r = pads
         image = F.pad(torch.from_numpy(x), (left, r, t, b))
         height = (image.shape[2] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
         width = (image.shape[3] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
@@ -70,7 +74,7 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
         n, c, oy, ky, ox, kx = p.shape
         p = p.reshape(n, groups, c // groups, oy, ky, ox, kx).permute(1, 0, 3, 5, 2, 4, 6)
         return np.ascontiguousarray(p.reshape(groups, n * oy * ox, -1).numpy())
-    if node.op_type in ("Conv", "ConvTranspose"):  # 1-D convolutions and transposed ones: by input channel
+    if node.op_type in ("Conv", "ConvTranspose"):  # by input channel
         pixels = x.reshape(x.shape[0], x.shape[1], -1).transpose(0, 2, 1).reshape(-1, groups, x.shape[1] // groups)
         step = max(1, len(pixels) // POSITIONS)
         return np.ascontiguousarray(pixels[::step].transpose(1, 0, 2))
@@ -131,9 +135,12 @@ def calibrate(
         values = dict(zip(inner, run.run(inner, {feed: image}), strict=True))
         values[feed] = image
         for name in tensors:
-            v = values[name]
-            low[name] = min(low[name], float(v.min()))
-            high[name] = max(high[name], float(v.max()))
+            least, most = float(values[name].min()), float(values[name].max())
+            if not (np.isfinite(least) and np.isfinite(most)):
+                raise UsageError(
+                    "is NaN or infinite on the calibration data", where=f"tensor {name}", fix="check the weights"
+                )
+            low[name], high[name] = min(low[name], least), max(high[name], most)
         for node in weighted:
             w = node.input[1]
             # In float64: the covariance is a small difference of these where a channel's mean is large, and float32
@@ -152,11 +159,6 @@ def calibrate(
             counts[w] = counts.get(w, 0) + n
     if not seen:
         raise UsageError("there are no images to calibrate on", fix="check --data")
-    bad = [n for n in tensors if not (np.isfinite(low[n]) and np.isfinite(high[n]))]
-    if bad:
-        raise UsageError(
-            "is NaN or infinite on the calibration data", where=f"tensor {bad[0]}", fix="check the weights"
-        )
     histograms = {n: np.zeros(BINS) for n in tensors}
     for image in images():
         values = dict(zip(inner, run.run(inner, {feed: image}), strict=True))

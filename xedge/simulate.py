@@ -195,7 +195,14 @@ class Quantized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch [N, C, H, W]."""
-        out = _Rounded(self).run(x)
+        return self.run(x)
+
+    def run(self, x: Tensor, jitter: float = 0.0, draw: torch.Generator | None = None) -> Tensor:
+        """Logits of a batch, every rounding disturbed by a uniform draw from +-`jitter` steps first.
+
+        What a correct kernel may differ by: it sums in another order and may round twice.
+        """
+        out = _Rounded(self, jitter, draw).run(x)
         return out[0] if isinstance(out, tuple | list) else out  # type: ignore[no-any-return]
 
 
@@ -215,9 +222,9 @@ def _is_weighted(node: fx.Node) -> bool:
 
 
 class _Rounded(fx.Interpreter):
-    def __init__(self, owner: Quantized) -> None:
+    def __init__(self, owner: Quantized, jitter: float, draw: torch.Generator | None) -> None:
         super().__init__(owner.graph_module)
-        self.owner = owner
+        self.owner, self.jitter, self.draw = owner, jitter, draw
 
     def run_node(self, n: fx.Node) -> Any:
         out: Any
@@ -229,7 +236,10 @@ class _Rounded(fx.Interpreter):
             out = super().run_node(n)
         grid = self.owner.rounding.get(n.name)
         if grid is not None:
-            q = torch.clamp(torch.round(out / float(grid.scale)) + grid.zero_point, grid.low, grid.high)
+            steps = out / float(grid.scale)
+            if self.jitter:
+                steps = steps + (2 * torch.rand(steps.shape, generator=self.draw) - 1) * self.jitter
+            q = torch.clamp(torch.round(steps) + grid.zero_point, grid.low, grid.high)
             out = (q - grid.zero_point) * float(grid.scale)
         return out
 

@@ -26,10 +26,27 @@ JUDGED = 512
 """Validation images on which artefact and judge are compared."""
 REPORTED = 10_000
 """Validation images at most on which an artefact's accuracy is taken."""
-LEAST_AGREEMENT = 0.97
-LEAST_SNR = 12.0
-"""Integer kernels round ties and sums in another order than float arithmetic, and deep nets amplify that; a wrong
-scale, layout or operator lies far below both limits."""
+JITTER = 0.5
+"""Steps by which a correct kernel may round differently: it sums in another order, and may round twice."""
+JITTERED = 128
+MARGIN = 6.0
+"""dB below the noise of such jitter on every tensor, that is, one step everywhere, at which an artefact is wrong."""
+MOST = 30.0
+"""dB that are always enough: a scale that is wrong by a tenth in one layer leaves 20 dB.
+
+Measured on LeNet-5 and ResNet-20 (Fashion-MNIST, 4 bits): correct artefacts reach 38 to 53 dB and more, jitter 36 to
+39 dB; a wrong weight or input scale by a tenth 16 to 25 dB, a zero-point off by four 18 to 31 dB, swapped kernel axes
+below 10 dB. Agreement tells them less well: a wrong scale in the last layer changes no top-1."""
+
+
+def least_snr(judge: Quantized, images: Tensor, want: Tensor) -> float:
+    """The signal-to-noise ratio in dB that a correct artefact reaches against the judge's logits `want` [N, L]."""
+    draw = torch.Generator().manual_seed(0)
+    some = images[:JITTERED]
+    with torch.no_grad():
+        parts = torch.split(some, 1 if judge.single else 64)
+        shaken = torch.cat([judge.run(x, JITTER, draw).flatten(1) for x in parts])
+    return min(snr_db(want[: len(some)], shaken) - MARGIN, MOST)
 
 
 def verify(
@@ -74,12 +91,11 @@ def verify(
         row["judge_against_float_snr_db"] = min(snr_db(floats[:judged], want), 200.0)
         row["unmatched"] = judge.unmatched
         out["targets"][target.name] = row
-        # Noise from rounding in another order cannot be larger than the quantisation noise itself by much.
-        least = min(LEAST_SNR, row["judge_against_float_snr_db"] - 3)
-        if row["verified_agreement"] < LEAST_AGREEMENT and row["snr_db"] < least:
+        row["least_snr_db"] = least_snr(judge, images, want)
+        if row["snr_db"] < row["least_snr_db"]:
             raise InternalError(
                 f"the artefact disagrees with the quantised model: {row['verified_agreement']:.1%} of {judged} images, "
-                f"{row['snr_db']:.1f} dB",
+                f"{row['snr_db']:.1f} dB where {row['least_snr_db']:.1f} dB are expected",
                 where=str(models[target.name]),
                 fix="report this model, and use another target meanwhile",
             )
