@@ -14,7 +14,7 @@ demo: .venv/.installed
 	$(VENV)/xedge compress --target jetson --target android -o demo-run
 
 test: .venv/.installed
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.installed
 	$(VENV)/ruff check .
@@ -28,7 +28,7 @@ lint: .venv/.installed
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	  "xedge needs Python 3.11 to 3.13, this is %d.%d: run make PYTHON=python3.13" % v)'
 	@$(VENV)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install -e '.[dev]'
+	$(VENV)/python -m pip install -e '.[dev,tensorrt-lint]'
 	@touch $@
 
 clean:

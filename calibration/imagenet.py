@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from xedge.calibration.folder import build
-
 from xedge.data import Data
 
 SUMMARY = "imagenet:DIR: ILSVRC 2012, train/ and val/ of 1000 class folders, 224x224 after resizing to 256"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from xedge.calibration.fashion_mnist import FIRST_LABELS, find, locate, read_official
-
 from xedge.augment import CropFlip, black
+from xedge.calibration.fashion_mnist import FIRST_LABELS, find, locate, read_official
 from xedge.data import Data, Options, from_tensors
 from xedge.errors import UsageError
 
