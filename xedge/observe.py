@@ -252,7 +252,8 @@ def observe(
                     target = labels if teacher.kind == "labels" else own
                     loss = -log_p.gather(1, target[:, None]).sum()
                     if target is own:  # one pass serves both
-                        both = torch.autograd.grad(loss, [*flat_in, *flat_out], allow_unused=True)
+                        wanted: list[Any] = [*flat_in, *flat_out]  # tensors and edges
+                        both = torch.autograd.grad(loss, wanted, allow_unused=True)
                         g_in, g_out = iter(both[: len(flat_in)]), iter(both[len(flat_in) :])
                     else:
                         g_in = iter(torch.autograd.grad(loss, flat_in, retain_graph=True, allow_unused=True))
