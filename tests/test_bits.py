@@ -137,6 +137,10 @@ def test_lower_hull(seed: int, n: int, convex: bool) -> None:
     assert np.all(distortion >= on - 1e-12)
 
 
+def test_points_on_a_line_are_no_vertices() -> None:
+    assert lower_hull(np.array([0, 1, 2, 3]), np.array([2.0, 1, 0, 0])) == [0, 2]
+
+
 # ---- the closed form ----
 
 

@@ -108,6 +108,8 @@ def test_unlike_shapes_do_not_merge(seed: int) -> None:
         Moments.of(x, y).merge(Moments.of(x[:, :2], y))
     with pytest.raises(InternalError):
         Moments.of(x, y).merge(Moments.of(x, y[:, :1]))
+    with pytest.raises(InternalError, match="no batch"):
+        Stream().moments()
 
 
 # ---- Theorem 1 ----

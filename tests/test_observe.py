@@ -420,6 +420,36 @@ def test_labels_do_not_matter_when_the_logits_teach() -> None:
     np.testing.assert_allclose(cross.teacher_total, logits.sum(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", ALL)
+def test_one_backward_pass_or_two_feel_the_same(make: Callable[[], nn.Module]) -> None:
+    """When the logits teach, the label drawn serves Taylor and Fisher terms alike; Fisher's are those of two passes."""
+    c = common(make)
+    batches = [(c.x[:2], c.labels[:2]), (c.x[2:], c.labels[2:])]
+    one = observe(c.model, c.groups, batches, Teacher("logits", CLASSES), gradients=True)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        p = c.model(c.x).softmax(1)
+    own = torch.cat([torch.multinomial(part, 1, generator=draw)[:, 0] for part in p.split([2, 4])])
+    drawn = [(c.x[:2], own[:2]), (c.x[2:], own[2:])]
+    two = observe(c.model, c.groups, drawn, Teacher("labels", CLASSES), gradients=True)
+    for layer, seen in one.seen.items():
+        np.testing.assert_allclose(seen.fisher, c.tap(layer).fisher, rtol=1e-9)
+        np.testing.assert_allclose(seen.taylor, two.seen[layer].taylor, rtol=1e-9)
+
+
+def test_gradients_of_a_part_are_means_over_that_part() -> None:
+    c = common(Flat)
+    teacher = Teacher("labels", CLASSES)
+    batches = [(c.x[i : i + 2], c.labels[i : i + 2]) for i in (0, 2, 4)]
+    part = observe(c.model, c.groups, batches, teacher, gradients=True, felt=3)  # two batches have at least three
+    first = observe(c.model, c.groups, batches[:2], teacher, gradients=True)
+    for layer, seen in part.seen.items():
+        np.testing.assert_allclose(seen.taylor, first.seen[layer].taylor)
+        np.testing.assert_allclose(seen.fisher, first.seen[layer].fisher)
+        assert seen.pooled.count == 6  # moments are of all
+    assert part.samples == 6
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, CLASSES))
     model.train()

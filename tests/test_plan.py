@@ -206,6 +206,41 @@ def test_global_takes_where_importance_for_each_mac_is_least() -> None:
     assert loss_of(p.scores, keep) == pytest.approx(1e-3 * int((~keep["l1"]).sum()))
 
 
+def naive(p: Problem, target: float, align: int) -> dict[str, int]:
+    """`global` without a heap: every price anew at every step, down to the target and back up."""
+    ranked = {g: np.sort(s) for g, s in p.scores.items()}
+    ways = {g: widths(n, n, align) for g, n in p.sizes.items()}
+    width = dict(p.sizes)
+
+    def macs_of(w: Mapping[str, int]) -> float:
+        return p.costs.total({g: p.sizes[g] - v for g, v in w.items()})
+
+    def price(g: str, wide: int, narrow: int) -> float:
+        lost = ranked[g][p.sizes[g] - wide : p.sizes[g] - narrow].sum()
+        return float(lost / (macs_of({**width, g: wide}) - macs_of({**width, g: narrow})))
+
+    while macs_of(width) > target:
+        down = [(price(g, v, max(w for w in ways[g] if w < v)), g) for g, v in width.items() if v > ways[g][-1]]
+        _, g = min(down)
+        width[g] = max(w for w in ways[g] if w < width[g])
+    while True:
+        up = {g: min(w for w in ways[g] if w > v) for g, v in width.items() if v < p.sizes[g]}
+        fits = [(price(g, w, width[g]), g) for g, w in up.items() if macs_of({**width, g: w}) <= target]
+        if not fits:
+            return width
+        _, g = max(fits)
+        width[g] = up[g]
+
+
+@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("align", [1, 4])
+def test_global_is_the_greedy_by_importance_for_each_mac(seed: int, align: int) -> None:
+    p = chain([20, 31, 24, 40], seed)
+    target = (p.least(align) + (0.1 + 0.05 * seed) * (1 - p.least(align))) * p.costs.total({})
+    keep = allocate(p.scores, p.costs, target, originals=p.sizes, align=align, how="global")
+    assert {g: int(k.sum()) for g, k in keep.items()} == naive(p, target, align)
+
+
 def brute(p: Problem, target: float, align: int) -> float:
     """The least importance given up by any widths."""
     names = list(p.scores)
