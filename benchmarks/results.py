@@ -23,7 +23,7 @@ from typing import Any
 
 CLASSIFIERS = {
     "lenet5": "-m lenet5 -d fashion-mnist --base-epochs 6 --macs 0.4 --bits 4.5 --epochs 2 --iterations 4",
-    "resnet20": "-m resnet20 -d fashion-mnist --base-epochs 3 --macs 0.4 --bits 4.5 --epochs 1 --iterations 3",
+    "resnet20": "-m resnet20 -d fashion-mnist --base-epochs 2 --macs 0.4 --bits 4.5 --epochs 1 --iterations 2",
 }
 PHOTOGRAPHS = "size=224&crops=9&mean=0.498,0.498,0.498&std=0.502,0.502,0.502"
 EFFICIENTNET = {
