@@ -37,14 +37,22 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def residual() -> nn.Module:
-    """ResNet-18 with half its blocks."""
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    """ResNet-18's structure, narrow: a stem with pooling, a plain residual block, one with a strided shortcut."""
+    block = torchvision.models.resnet.BasicBlock
+    shortcut = nn.Sequential(nn.Conv2d(16, 24, 1, 2, bias=False), nn.BatchNorm2d(24))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        block(16, 16), block(16, 24, 2, shortcut), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
+    )  # fmt: skip
 
 
 def mobile() -> nn.Module:
     """MobileNetV2, narrow and with fewer repeats."""
-    setting = [[1, 8, 1, 1], [6, 12, 2, 2], [6, 16, 2, 2]]
-    return torchvision.models.MobileNetV2(10, inverted_residual_setting=setting, width_mult=0.5)
+    setting = [[1, 8, 1, 1], [6, 16, 2, 2]]
+    net = torchvision.models.MobileNetV2(10, inverted_residual_setting=setting, width_mult=0.5)
+    net.features[-1] = torchvision.ops.Conv2dNormActivation(8, 32, 1, activation_layer=nn.ReLU6)
+    net.classifier = nn.Linear(32, 10)
+    return net
 
 
 def shuffle() -> nn.Module:

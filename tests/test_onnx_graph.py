@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 import torchvision
-from flavours import dense, mobile, randomised
+from flavours import dense, mobile, randomised, shuffle
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +29,7 @@ def run(proto: onnx.ModelProto, x: Tensor) -> Tensor:
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 17),
     "mobilenet_v2": (mobile, 18),
-    "shufflenet_v2": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10), 17),
+    "shufflenet_v2": (shuffle, 17),
     "mobilenet_v3": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), 17),
     "densenet": (dense, 17),
     "squeezenet": (lambda: torchvision.models.squeezenet1_1(num_classes=10), 17),

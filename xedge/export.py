@@ -41,6 +41,8 @@ class Grid:
 
 def grids(graph: Graph, table: ScaleTable, flavour: Flavour) -> dict[str, Grid]:
     """The tensors that a flavour rounds, and how."""
+    if flavour == "float":
+        return {}
     if flavour != "tensorrt":
         offset = 128 if flavour == "litert" else 0
         out = {}
@@ -75,13 +77,15 @@ def integer_bias(
 
 
 def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) -> ModelProto:
-    """The float graph with Q/DQ in a flavour's places, weights as int8.
+    """The float graph with Q/DQ in a flavour's places, weights as int8; for ``float`` the graph as it is.
 
     Raises:
         InternalError: the table does not belong to this graph.
     """
     model = ModelProto()
     model.CopyFrom(float_model)
+    if flavour == "float":
+        return model
     graph = Graph(model)
     for name in table.weights:
         if name not in graph.initializers:
