@@ -19,10 +19,10 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from xedge.benchmarks import agent
-from xedge.targets import tflite
 
+from xedge.benchmarks import agent
 from xedge.measure import agent_path
+from xedge.targets import tflite
 
 SHORT = ["--seconds", "0.02", "--min-runs", "20", "--warmup-seconds", "0.01", "--warmup-cap", "5"]
 

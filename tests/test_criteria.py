@@ -396,4 +396,3 @@ def test_dead_channels_are_finite_and_least(seed: int, criterion: Criterion) -> 
 @pytest.mark.parametrize(("name", "criterion"), EVERY)
 def test_criteria_are_found_by_name(name: str, criterion: Criterion) -> None:
     assert load.load_criterion(name) is criterion
-    assert load.needs_gradients(name) == (name in ("fback", "taylor"))

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from xedge.calibration import cifar, digits, fashion_mnist, folder, imagenet, mnist, npz
 
 from xedge.augment import CropFlip, ZoomFlip, black
+from xedge.calibration import cifar, digits, fashion_mnist, folder, imagenet, mnist, npz
 from xedge.data import (
     UNLABELLED,
     Data,

@@ -188,8 +188,6 @@ def test_criteria(user: str) -> None:
     assert {"di", "diloss", "taylor", "magnitude", "random"} <= set(known)
     assert all(known.values()), "each has a line on it"
     assert load.load_criterion("di").__module__ == "xedge.criteria.di"
-    assert load.needs_gradients("taylor")
-    assert not load.needs_gradients("magnitude")
     assert "unknown criterion 'magnitud'; did you mean magnitude?" in said(load.load_criterion, "magnitud")
     for name in ("__init__", "xedge.criteria.di", "../di"):
         assert "unknown criterion" in said(load.load_criterion, name)
@@ -200,7 +198,6 @@ def test_a_criterion_of_a_users_own(user: str) -> None:
     scores = load.load_criterion(f"{user}:ones")(group, None, np.ones(3, bool))  # type: ignore[arg-type]
     assert scores.dtype == np.float64
     assert scores.tolist() == [1, 1, 1]
-    assert load.needs_gradients(f"{user}:ones")
     for name, line in (("text", "raised ValueError"), ("fails", "fails, conv1: raised ZeroDivisionError")):
         assert line in said(load.load_criterion(f"{user}:{name}"), group, None, np.ones(3, bool))
     assert "is not callable" in said(load.load_criterion, f"{user}:NUMBER")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xedge import load
-from xedge.criteria import Criterion
+from xedge.criteria import Criterion, taylor
 from xedge.criteria.di import EPS, scale, solve
 from xedge.data import Data, batches, fitting
 from xedge.errors import UsageError
@@ -296,7 +296,7 @@ def _plan(
     started = time.monotonic()
     labelled = data.classes is not None
     talk.say(f"  iteration {index}: ranking channels by {settings.criterion}")
-    observed = _observe(model, now, data, teacher, settings, gradients=load.needs_gradients(settings.criterion))
+    observed = _observe(model, now, data, teacher, settings, gradients=True)
     scores = score_all(criterion, now, observed)
     costs = costs_of(model, data.shape, now)
     outside = macs(model, data.shape).total - costs.total({})
@@ -305,11 +305,16 @@ def _plan(
     if reach >= costs.total({}) + outside or not scores:
         return {"cut": False}
     target = max(target, reach)  # an iteration may have to stop short; the loop ends when nothing more goes
-    found: dict[str, tuple[float, Keep, float]] = {}
+    found: dict[How, tuple[float, Keep, float]] = {}
     count = min(CHOSEN, len(data.select))
-    hows: tuple[How, ...] = ("uniform", "global")
+    felt = score_all(taylor.score, now, observed)
+    hows: tuple[How, ...] = ("uniform", "global", "taylor")
+
+    def widths(how: How, align: int) -> Keep:
+        return allocate(scores, costs, target - outside, originals=sizes, align=align, how=how, taylor=felt)
+
     for how in hows:
-        keep = allocate(scores, costs, target - outside, originals=sizes, align=settings.align, how=how)
+        keep = widths(how, settings.align)
         if all(k.all() for k in keep.values()):
             continue
         small = cut(fold(model, now, keep, observed), now, keep)
@@ -324,14 +329,7 @@ def _plan(
     proven = prune(model, now, keep, example)
     price = None
     if settings.align > 1:
-        free = allocate(
-            scores,
-            costs,
-            target - outside,
-            originals=sizes,
-            align=1,
-            how="uniform" if chosen == "uniform" else "global",
-        )
+        free = widths(chosen, 1)
         whole = sum(float(s.sum()) for s in scores.values()) or 1.0
         price = {
             "align": settings.align,

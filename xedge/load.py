@@ -151,13 +151,6 @@ def _users_criterion(function: Any, where: str) -> Criterion:
     return score
 
 
-def needs_gradients(name: str) -> bool:
-    """Whether a criterion reads Taylor or Fisher terms; of a user's own we cannot know, so it gets them."""
-    if ":" in name:
-        return True
-    return bool(getattr(importlib.import_module(f"xedge.criteria.{name.replace('-', '_')}"), "GRADIENTS", False))
-
-
 # -- data ------------------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xedge import __version__, load
+from xedge.criteria import taylor
 from xedge.data import Data, batches, check, fitting
 from xedge.errors import UsageError
 from xedge.export import write_flavour
@@ -35,7 +36,7 @@ from xedge.groups import Groups, find_groups
 from xedge.iterate import Result, Settings, costs_of, ps_iteration, score_all
 from xedge.metrics import macs, topk
 from xedge.onnx_graph import export_float
-from xedge.plan import Budget, Plan, allocate, reachable
+from xedge.plan import Budget, How, Plan, allocate, reachable
 from xedge.progress import Talk
 from xedge.prune import apply_spec, cut_spec
 from xedge.quantize import ScaleTable, quantize
@@ -431,24 +432,22 @@ def dry_run(request: Request, talk: Talk | None = None) -> dict[str, Any]:
     budget = request.budget()
     goal = (budget.macs if budget.macs is not None else least / total) * total
     talk.say("ranking channels" if not loaded.trained_here else "untrained: equal shares of every layer")
+    felt = None
     if loaded.trained_here:
         scores = {g.name: np.ones(g.size) for g in groups.free if g.consumers}
     else:
         from xedge.observe import observe
 
-        gradients = load.needs_gradients(request.criterion)
-        size = fitting(loaded.data.shape, gradients=gradients)
+        size = fitting(loaded.data.shape, gradients=True)
         images = batches(loaded.data.train, size, shuffle_seed=request.seed, limit=256)
-        observed = observe(original, groups, images, loaded.teacher, gradients=gradients, seed=request.seed)
+        observed = observe(original, groups, images, loaded.teacher, gradients=True, seed=request.seed)
         scores = score_all(load.load_criterion(request.criterion), groups, observed)
+        felt = score_all(taylor.score, groups, observed)
     plans = {}
-    for how in ("uniform", "global"):
-        if how == "global" and loaded.trained_here:
-            continue
-        keep = allocate(
-            scores, costs, goal - outside, originals={g.name: g.size for g in groups.free}, align=align,
-            how="uniform" if how == "uniform" else "global",
-        )  # fmt: skip
+    hows: tuple[How, ...] = ("uniform",) if loaded.trained_here else ("uniform", "global", "taylor")
+    whole = {g.name: g.size for g in groups.free}
+    for how in hows:
+        keep = allocate(scores, costs, goal - outside, originals=whole, align=align, how=how, taylor=felt)
         left = costs.total({n: int((~k).sum()) for n, k in keep.items()}) + outside
         plans[how] = {"macs": left, "keep": {n: int(k.sum()) for n, k in keep.items()}}
     return {

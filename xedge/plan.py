@@ -14,7 +14,7 @@ from xedge.errors import UsageError
 from xedge.groups import Groups
 
 Keep = dict[str, NDArray[np.bool_]]
-How = Literal["uniform", "global"]
+How = Literal["uniform", "global", "taylor"]
 
 MIN_KEEP = 0.125
 """At least this part of a group's channels stays: below it a layer starves and folding cannot help."""
@@ -166,6 +166,7 @@ def allocate(
     originals: Mapping[str, int],
     align: int,
     how: How,
+    taylor: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> Keep:
     """Choose which channels stay so that the model has at most `target` MACs.
 
@@ -176,7 +177,9 @@ def allocate(
         originals: group -> channels the original had.
         align: widths are multiples of this.
         how: ``uniform`` keeps the same part of every group; ``global`` takes, again and again, the channels with the
-            least importance for each multiply-add they save.
+            least importance for each multiply-add they save; ``taylor`` takes the widths of ``global`` by Taylor's
+            scores and leaves the choice within a group to the criterion.
+        taylor: Taylor's scores, for ``taylor``.
 
     Raises:
         UsageError: no widths reach the target.
@@ -190,8 +193,9 @@ def allocate(
             f"widths in multiples of {align} and {MIN_KEEP:.1%} of each layer leave",
             fix="ask for more MACs, or use a target with a smaller align",
         )
-    width = _uniform(steps, costs, target) if how == "uniform" else _global(scores, steps, costs, target)
-    _refill(width, scores, steps, costs, target)
+    between = taylor if how == "taylor" and taylor is not None else scores
+    width = _uniform(steps, costs, target) if how == "uniform" else _global(between, steps, costs, target)
+    _refill(width, None if how == "uniform" else between, steps, costs, target)
     keep = {}
     for g, s in scores.items():
         order = np.argsort(s, kind="stable")
@@ -250,13 +254,14 @@ def _global(
 
 def _refill(
     width: dict[str, int],
-    scores: Mapping[str, NDArray[np.float64]],
+    scores: Mapping[str, NDArray[np.float64]] | None,
     steps: Mapping[str, list[int]],
     costs: Costs,
     target: float,
 ) -> None:
-    """Widths come in steps, so the last step overshoots: give back, dearest first, what still fits under the target."""
-    prefix = {g: np.concatenate([[0.0], np.cumsum(np.sort(s))]) for g, s in scores.items()}
+    """Widths come in steps, so the last step overshoots: give back what still fits under the target, dearest first, or
+    without scores to the group that lost the largest part."""
+    prefix = {g: np.concatenate([[0.0], np.cumsum(np.sort(s))]) for g, s in (scores or {}).items()}
     while True:
         best: tuple[float, str, int] | None = None
         for g, w in width.items():
@@ -266,9 +271,11 @@ def _refill(
             now = {h: steps[h][0] - v for h, v in width.items()}
             if costs.total({**now, g: steps[g][0] - wider[-1]}) > target:
                 continue
-            n = len(scores[g])
-            gain = prefix[g][n - w] - prefix[g][n - wider[-1]]
-            price = gain / max(costs.saving(g, wider[-1] - w, {**now, g: steps[g][0] - wider[-1]}), 1e-9)
+            price = 1 - wider[-1] / steps[g][0]
+            if scores is not None:
+                n = len(scores[g])
+                gain = prefix[g][n - w] - prefix[g][n - wider[-1]]
+                price = gain / max(costs.saving(g, wider[-1] - w, {**now, g: steps[g][0] - wider[-1]}), 1e-9)
             if best is None or price > best[0]:
                 best = (price, g, wider[-1])
         if best is None:

@@ -94,7 +94,7 @@ def fit(
         nesterov=True,
     )
     start = restore(checkpoint, model, optimizer, recipe) if checkpoint is not None else 0
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if original is not None:
         original = accelerator.prepare_model(original.eval(), evaluation_mode=True)
@@ -129,7 +129,7 @@ def fit(
             talk.say(f"  {what}: epoch {epoch + 1} of {recipe.epochs}, loss {running / steps:.4f}")
         if checkpoint is not None and accelerator.is_main_process:
             save(checkpoint, model, optimizer, recipe, epoch + 1)
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.to(memory_format=torch.contiguous_format)
     return model.eval()
 
 

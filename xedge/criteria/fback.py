@@ -19,7 +19,6 @@ from xedge.groups import ChannelGroup
 from xedge.observe import Observed
 
 EPS = 1e-3
-GRADIENTS = True
 Array = NDArray[np.float64]
 
 

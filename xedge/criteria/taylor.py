@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from xedge.groups import ChannelGroup
 from xedge.observe import Observed
 
-GRADIENTS = True
-
 
 def score(group: ChannelGroup, observed: Observed, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
     """T of each channel, [C], summed over the group's taps."""
