@@ -271,7 +271,7 @@ def _refill(
             now = {h: steps[h][0] - v for h, v in width.items()}
             if costs.total({**now, g: steps[g][0] - wider[-1]}) > target:
                 continue
-            price = 1 - wider[-1] / steps[g][0]
+            price = 1 - w / steps[g][0]
             if scores is not None:
                 n = len(scores[g])
                 gain = prefix[g][n - w] - prefix[g][n - wider[-1]]
