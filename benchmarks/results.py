@@ -43,7 +43,7 @@ def compress(arguments: str, folder: Path) -> dict[str, Any]:
         *shlex.split(arguments),
         "-o",
         str(folder),
-        "--no-latency",
+        "--no-bench",
     ]
     print(f"$ xedge compress {arguments} -o {folder}", flush=True)
     if not (folder / "report.json").exists():

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,21 @@ def _from_grid(stored: Array, detail: Mapping[str, Any]) -> NDArray[np.float32]:
     return (stored.astype(np.float32) - np.float32(zero)) * np.float32(scale)
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """The runtime writes a line about its delegate straight to file descriptor 2; it has no switch for that."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
 def runner(data: bytes, threads: int = 1, *, reference: bool = False) -> TfliteRunner:
     """Run .tflite bytes; `reference` takes TFLite's reference kernels in place of XNNPACK."""
     options: dict[str, Any] = {"model_content": data, "num_threads": threads}
@@ -183,8 +200,9 @@ def runner(data: bytes, threads: int = 1, *, reference: bool = False) -> TfliteR
         if reference:
             options["experimental_op_resolver_type"] = module.OpResolverType.BUILTIN_REF
         try:
-            interpreter = module.Interpreter(**options)
-            interpreter.allocate_tensors()
+            with _hushed():
+                interpreter = module.Interpreter(**options)
+                interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise UnsupportedGraph(f"the runtime refuses the model: {error}", where=name, fix="update it") from error
         return TfliteRunner(interpreter, reference)

@@ -99,7 +99,7 @@ def test_a_finished_run_is_not_made_again(xedge: Xedge, arguments: list[str], fi
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     before = tree(folder)
-    again = xedge("compress", "--resume", "--no-latency", "-o", folder)
+    again = xedge("compress", "--resume", "--no-bench", "-o", folder)
     assert again.code == 0, again.err
     assert "epoch" not in again.err
     changed = {Path(p).name for p, t in tree(folder).items() if before.get(p) != t}
@@ -174,7 +174,7 @@ def test_the_floor_before_the_macs_budget_is_code_4_and_the_report_is_there(
     chosen = best_above(facts, 0.0)
     assert chosen < len(facts["iterations"]) - 1
     assert facts["rows"][1]["macs"] == facts["iterations"][chosen]["macs"], "not the best model above the floor"
-    again = xedge("compress", "--resume", "--no-latency", "--quiet", "-o", folder)
+    again = xedge("compress", "--resume", "--no-bench", "--quiet", "-o", folder)
     assert again.code == 4
 
 

@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after(
     assert (folder / "seals" / "groups.json.json").exists()
     assert not (folder / "report.json").exists()
     subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
-    ended = xedge("compress", "--resume", "--no-latency", "-o", folder)
+    ended = xedge("compress", "--resume", "--no-bench", "-o", folder)
     assert ended.code == 0, ended.err
     assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 

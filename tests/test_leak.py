@@ -112,7 +112,7 @@ def test_the_baseline_is_trained_without_validation_data(xedge: Xedge, tmp_path:
         "    return dataclasses.replace(whole, val=Closed(whole.val))\n"
     )
     folder = tmp_path / "run"
-    words = ["-d", f"{source}:digits", "--base-epochs", "3", "--batch", "32", "--no-latency", "--target", "host-cpu"]
+    words = ["-d", f"{source}:digits", "--base-epochs", "3", "--batch", "32", "--no-bench", "--target", "host-cpu"]
     started = xedge.start("compress", *words, "-o", folder)
     assert started.reaches((folder / "seals" / "groups.json.json").exists), started.wait().err
     started.kill()

@@ -147,7 +147,7 @@ def test_a_spoiled_file_is_made_again(
 
 def test_training_killed_between_epochs_goes_on_from_its_checkpoint(xedge: Xedge, tmp_path: Path) -> None:
     """The first time by the real command, in a process that shares nothing with ours."""
-    words = ["compress", "-d", "digits", "--base-epochs", "3", "--target", "host-cpu", "--no-latency", "-o"]
+    words = ["compress", "-d", "digits", "--base-epochs", "3", "--target", "host-cpu", "--no-bench", "-o"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     checkpoint, log = killed / ".original.checkpoint.safetensors", tmp_path / "log"
     with (
@@ -190,5 +190,5 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on(
     assert (ended.code, ended.out) == (130, "")
     assert ended.err.strip() == "xedge: stopped; run the same command again to go on"  # click ends the line of ^C
     assert not (folder / "report.json").exists()
-    assert xedge("compress", "--resume", "--no-latency", "-o", folder).code == 0
+    assert xedge("compress", "--resume", "--no-bench", "-o", folder).code == 0
     same(folder, finished)

@@ -118,7 +118,7 @@ def arguments(weights: Path) -> list[str]:
     """`xedge compress` of the tiny net: two cuts, one of them trained for two epochs."""
     words = ["compress", "-m", tiny.NET, "--weights", weights, "-d", tiny.DATA]
     words += ["--target", "jetson", "--target", "android"]
-    words += ["--macs", "0.35", "--bits", "6", "--epochs", "2", "--iterations", "2", "--batch", "32", "--no-latency"]
+    words += ["--macs", "0.35", "--bits", "6", "--epochs", "2", "--iterations", "2", "--batch", "32", "--no-bench"]
     return [str(w) for w in words]
 
 

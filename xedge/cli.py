@@ -95,7 +95,7 @@ def main() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder.  [runs/MODEL-DATA-DIGEST]")
 @click.option("--resume", is_flag=True, help="Go on with the run in -o; it knows its own options.")
 @click.option("--dry-run", is_flag=True, help="Print groups, plan and predicted cost; write nothing.")
-@click.option("--latency/--no-latency", "timed", default=True, help="Time the artefacts on this host at the end.")
+@click.option("--bench/--no-bench", "timed", default=True, help="Time the artefacts on this host at the end.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def compress(
@@ -126,7 +126,7 @@ def compress(
         facts = pipeline.dry_run(request, talk)
         click.echo(json.dumps(facts, indent=1) if as_json else _dry_run_text(facts))
         return
-    run = pipeline.compress(request, output, talk, latency=timed)
+    run = pipeline.compress(request, output, talk, bench=timed)
     report = _read_report(run.folder)
     if as_json:
         click.echo((run.folder / "report.json").read_text())

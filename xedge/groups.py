@@ -6,11 +6,13 @@ what the certificate does not confirm is rewritten (a Python int that the forwar
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
+from io import StringIO
 from itertools import groupby
 from typing import cast
 
@@ -90,9 +92,17 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.export warns about the model's own habits
-        yield
+    # torch.export warns about the model's own habits, and prints the graph and a log line where it fails: the error
+    # that follows says it in one.
+    log = logging.getLogger("torch")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

@@ -125,6 +125,22 @@ def costs_of(model: nn.Module, shape: tuple[int, ...], groups: Groups) -> Costs:
     return Costs.of(macs(model, shape).layers, shapes, groups)
 
 
+def check_reach(model: nn.Module, shape: tuple[int, ...], groups: Groups, settings: Settings) -> None:
+    """Raises UsageError when no widths of the original's groups leave few enough MACs."""
+    goal = settings.budget.macs
+    if goal is None:
+        return
+    total, costs = macs(model, shape).total, costs_of(model, shape, groups)
+    sizes = {g.name: (g.size, g.size) for g in groups.free}
+    least = reachable(costs, sizes, settings.align) + (total - costs.total({}))
+    if least > goal * total:
+        raise UsageError(
+            f"the MACs budget of {goal:.1%} cannot be met: {least / total:.1%} is the least that the channels "
+            f"which can be cut leave in multiples of {settings.align}",
+            fix="raise --macs, or see `xedge compress --dry-run` for what is frozen and why",
+        )
+
+
 def dislike(logits: Tensor, labels: Tensor, original: Tensor, labelled: bool) -> float:
     """What allocations are compared by: cross-entropy with the labels, or KL from the original's answers."""
     log_p = torch.log_softmax(logits.float(), 1)
@@ -170,16 +186,7 @@ def ps_iteration(
     total: Keep = {g.name: np.ones(g.size, bool) for g in groups.groups}
     criterion = load.load_criterion(settings.criterion)
     goal = settings.budget.macs
-    costs = costs_of(original, data.shape, groups)
-    if goal is not None:
-        sizes = {g.name: (g.size, g.size) for g in groups.free}
-        least = reachable(costs, sizes, settings.align) + (total_macs - costs.total({}))
-        if least > goal * total_macs:
-            raise UsageError(
-                f"the MACs budget of {goal:.1%} cannot be met: {least / total_macs:.1%} is the least that the channels "
-                f"which can be cut leave in multiples of {settings.align}",
-                fix="raise --macs, or see `xedge compress --dry-run` for what is frozen and why",
-            )
+    check_reach(original, data.shape, groups, settings)
     sizes_before = {g.name: g.size for g in groups.groups}
     best = (original, total, 0)
     current, stopped, reason = original, "budget", "no MACs budget below the original was asked"

@@ -33,7 +33,7 @@ from xedge.data import Data, batches, check, fitting
 from xedge.errors import UsageError
 from xedge.export import write_flavour
 from xedge.groups import Groups, find_groups
-from xedge.iterate import Result, Settings, costs_of, ps_iteration, score_all
+from xedge.iterate import Result, Settings, check_reach, costs_of, ps_iteration, score_all
 from xedge.metrics import macs, topk
 from xedge.onnx_graph import export_float
 from xedge.plan import Budget, How, Plan, allocate, reachable
@@ -82,18 +82,46 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """As run.json holds it; files are named by content as well."""
-        facts: dict[str, Any] = {**self.__dict__, "targets": list(self.targets), "xedge": __version__}
-        if self.weights is not None and Path(self.weights).is_file():
-            facts["weights_sha256"] = digest_file(Path(self.weights))
-        return facts
+        return {
+            **self.__dict__,
+            "targets": list(self.targets),
+            "xedge": __version__,
+            "contents": {
+                name: _content(spec)
+                for name, spec in (
+                    ("weights", self.weights),
+                    ("model", self.model),
+                    ("data", self.data),
+                    ("criterion", self.criterion),
+                    *((f"target {t}", t) for t in self.targets),
+                )
+                if spec is not None and _content(spec) is not None
+            },
+        }
 
     @classmethod
     def from_json(cls, facts: dict[str, Any], where: str) -> Request:
         """The inverse; facts this version does not know are refused."""
         known = {k: v for k, v in facts.items() if k in cls.__dataclass_fields__}
-        if set(facts) - set(known) - {"xedge", "weights_sha256"}:
+        if set(facts) - set(known) - {"xedge", "contents"}:
             raise UsageError("was made by another version of xedge", where=where, fix="choose another folder with -o")
         return cls(**{**known, "targets": tuple(known.get("targets", ()))})
+
+
+def _content(spec: str) -> str | None:
+    """A digest of the file or folder that a spec names (``FILE``, ``KIND:PATH?options``, ``path.py:attr``), if any.
+
+    A folder is known by the names, sizes and times of its files: pictures may be many.
+    """
+    head = spec.partition("?")[0]
+    for name in (head, head.partition(":")[2], head.rpartition(":")[0]):
+        path = Path(name)
+        if name and path.is_file():
+            return digest_file(path)
+        if name and ":" in head and path.is_dir():
+            found = [p for p in sorted(path.rglob("*")) if p.is_file()]
+            return digest_json([(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in found])
+    return None
 
 
 @dataclass(frozen=True)
@@ -211,7 +239,7 @@ def default_folder(request: Request) -> Path:
     return Path("runs") / f"{name}-{digest_json(request.to_json())[:8]}"
 
 
-def compress(request: Request, folder: Path | None = None, talk: Talk | None = None, *, latency: bool = True) -> Run:
+def compress(request: Request, folder: Path | None = None, talk: Talk | None = None, *, bench: bool = True) -> Run:
     """Run all steps into `folder`; steps whose seals match are skipped.
 
     Returns:
@@ -226,6 +254,8 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
 
     talk = talk or Talk(quiet=True)
     loaded = load_everything(request)
+    if loaded.trained_here and request.budget().macs is not None:
+        _within_reach(loaded)  # before the training that comes first
     with Run.open(folder or default_folder(request), request.to_json()) as run:
         data = loaded.data
         talk.say(f"1/8 {request.model} on {data.name}, for {', '.join(t.name for t in loaded.targets)}")
@@ -293,10 +323,10 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
             ),
         )
         timed = None
-        if latency:
+        if bench:
             timed = run.step(
                 "latency.json", {**models, **{f"original{s}": f for s, f in originals.items()}},
-                lambda p: _latency(run, loaded, models, originals, p, talk),
+                lambda p: _latency(loaded, models, originals, p, talk),
             )  # fmt: skip
         report = assemble(run.folder, loaded, original, result, table, read_json(verified), timed, models, originals)
         write_report(report, run.folder / "report.json")
@@ -304,9 +334,20 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         return run
 
 
+def _within_reach(loaded: Loaded) -> None:
+    """Whether any plan meets the MACs budget: the architecture alone says so.
+
+    Raises:
+        UsageError: none does.
+    """
+    example = torch.stack([loaded.data.train[0][0]])
+    groups = find_groups(loaded.model, example, exclude=loaded.request.exclude)
+    check_reach(loaded.model, loaded.data.shape, groups, loaded.settings)
+
+
 def _base_facts(loaded: Loaded) -> dict[str, Any]:
     r = loaded.request
-    facts = {"model": r.model, "weights": r.to_json().get("weights_sha256"), "data": r.data, "seed": r.seed}
+    facts = {"model": r.model, "contents": r.to_json()["contents"], "data": r.data, "seed": r.seed}
     return {**facts, "base_epochs": r.base_epochs} if loaded.trained_here else facts
 
 
@@ -396,20 +437,17 @@ def _baseline(run: Run, target: Target, plain: Path) -> Path:
     return run.step(f"original{target.suffix}", {"onnx": plain, "target": target.name}, make)
 
 
-def _latency(
-    run: Run, loaded: Loaded, models: dict[str, Path], originals: dict[str, Path], path: Path, talk: Talk
-) -> None:
+def _latency(loaded: Loaded, models: dict[str, Path], originals: dict[str, Path], path: Path, talk: Talk) -> None:
     """A first look at this host's latency: original and compressed in interleaved fresh processes."""
     from xedge.device import open_device
     from xedge.measure import QUICK, compare
-    from xedge.measurement import append_measurement, to_json
+    from xedge.measurement import to_json
 
     out = {}
     with open_device("local") as device:
         for target in loaded.targets:
             talk.say(f"  timing {target.name} on this host: original and compressed, interleaved")
             comparison = compare(device, originals[target.suffix], models[target.name], QUICK)
-            append_measurement(run.folder / "bench.jsonl", comparison)
             out[target.name] = to_json(comparison)
     path.write_text(json.dumps(out))
 
