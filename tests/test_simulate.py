@@ -208,7 +208,11 @@ def test_agreement_alone_would_miss_a_wrong_scale() -> None:
     assert snr_db(right, broken) < 10
 
 
-def test_verify_passes_a_right_artefact_and_stops_at_a_wrong_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("judged", [512, 48])
+def test_verify_passes_a_right_artefact_and_stops_at_a_wrong_one(
+    judged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xedge.verify.JUDGED", judged)  # more images reported than judged: the same ones are compared
     net, proto, table, x = trained("lenet5")
     data = from_tensors("digits", (x, net(x).argmax(1)), (x, net(x).argmax(1)), seed=0, classes=10)
     loaded = SimpleNamespace(data=data, targets=(host_cpu.TARGET,))

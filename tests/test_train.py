@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xedge.data import Data, Tensors
 from xedge.errors import InternalError, UsageError
-from xedge.train import Recipe, fit, predict, reestimate_batch_norm
+from xedge.train import Recipe, fit, predict
 
 RECIPE = Recipe(epochs=3, lr=0.02, batch=48, seed=5)
 
@@ -184,19 +184,3 @@ def test_predictions_come_in_the_order_of_the_data(count: int, limit: int | None
     assert logits.shape == (n, 64)
     assert torch.equal(logits, x.flatten(1)[labels])
     assert labels.tolist() == sorted(set(labels.tolist()))
-
-
-def test_batch_norm_takes_the_statistics_of_the_data() -> None:
-    x, y = tiny.pictures(64, 2)
-    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
-    before = copy.deepcopy(model)
-    reestimate_batch_norm(model, Tensors(x, y))  # one batch: exactly its mean and variance
-    with torch.no_grad():
-        inner = before[0](x)
-    norm = model[1]
-    assert isinstance(norm, nn.BatchNorm2d)
-    torch.testing.assert_close(norm.running_mean, inner.mean((0, 2, 3)))
-    torch.testing.assert_close(norm.running_var, inner.var((0, 2, 3)))
-    assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == [0.1, 0.1]
-    assert not any(m.training for m in model.modules())
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))

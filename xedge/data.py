@@ -196,11 +196,16 @@ def batches(
     n = len(dataset)
     count = n if limit is None else min(limit, n)
     if shuffle_seed is None:
-        rows = torch.arange(count) * n // max(count, 1)
+        rows = spread(n, count)
     else:
         rows = permutation(n, shuffle_seed, "batches")[:count]
     for start in range(0, count, batch_size):
         yield take(dataset, rows[start : start + batch_size])
+
+
+def spread(n: int, count: int) -> Tensor:
+    """The `count` positions of n, evenly spread, that `batches` takes under a limit; int64 [count]."""
+    return torch.arange(count) * n // max(count, 1)
 
 
 def fitting(shape: Sequence[int], most: int = 128, *, gradients: bool = False) -> int:

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xedge import load
+from xedge.batchnorm import input_statistics, match_batch_norm
 from xedge.criteria import Criterion, taylor
 from xedge.criteria.di import EPS, scale, solve
-from xedge.data import Data, batches, fitting
+from xedge.data import Data, batches, fitting, spread
 from xedge.errors import UsageError
 from xedge.fold import fold
 from xedge.groups import Groups
@@ -35,7 +36,7 @@ from xedge.progress import Talk
 from xedge.prune import apply_spec, cut, cut_spec, prune
 from xedge.run import Run, read_json
 from xedge.teacher import Teacher
-from xedge.train import Recipe, fit, predict, reestimate_batch_norm
+from xedge.train import Recipe, fit, predict
 
 RANKED = 1024
 """Training images that rank the channels."""
@@ -219,7 +220,7 @@ def ps_iteration(
             started = time.monotonic()
             seen = _observe(model, now, data, teacher, settings, gradients=False)
             small = cut(fold(model, now, then, seen), now, then)
-            reestimate_batch_norm(small, data.train)
+            match_batch_norm(small, model, now, then, input_statistics(model, data.train), data.train)
             recipe = Recipe(
                 epochs=settings.epochs, lr=settings.lr, batch=settings.batch, seed=settings.seed + index,
                 distill=0.0 if labelled else 1.0,
@@ -320,14 +321,19 @@ def _plan(
     def widths(how: How, align: int) -> Keep:
         return allocate(scores, costs, target - outside, originals=sizes, align=align, how=how, taylor=felt)
 
+    statistics = input_statistics(model, data.train)
     for how in hows:
         keep = widths(how, settings.align)
         if all(k.all() for k in keep.values()):
             continue
         small = cut(fold(model, now, keep, observed), now, keep)
-        reestimate_batch_norm(small, data.train, images=512)
+        match_batch_norm(small, model, now, keep, statistics, data.train)
         logits, y = predict(small, data.select, limit=count)
-        found[how] = (dislike(logits, y, base_logits[:count], labelled), keep, loss_of(scores, keep))
+        found[how] = (
+            dislike(logits, y, base_logits[spread(len(data.select), count)], labelled),
+            keep,
+            loss_of(scores, keep),
+        )
     if not found:
         return {"cut": False}
     chosen = min(found, key=lambda h: (found[h][0] if math.isfinite(found[h][0]) else math.inf, h))

@@ -202,24 +202,3 @@ def predict(model: nn.Module, dataset: Images, limit: int | None = None) -> tupl
     if not logits:
         raise UsageError("the data are empty", fix="check --data")
     return torch.cat(logits), torch.cat(labels)
-
-
-@torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, dataset: Images, images: int = 1024) -> None:
-    """Set the running statistics of batch norms to those of the training data under the present weights."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    before = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # a plain average over the batches
-        m.train()
-    try:
-        for x, _ in batches(dataset, fitting(dataset[0][0].shape), limit=images, shuffle_seed=0):
-            if len(x) > 1:
-                model(x)
-    finally:
-        for m, momentum in zip(norms, before, strict=True):
-            m.momentum = momentum
-            m.eval()

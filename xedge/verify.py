@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,9 @@ def verify(
     base, labels = predict(original, data.val, limit=limit)
     floats, _ = predict(small, data.val, limit=limit)
     judged = min(limit, JUDGED)
-    images = torch.cat([x for x, _ in batches(data.val, fitting(data.shape), limit=judged)])
+    # The first of the images that the artefacts are run on: a smaller limit would spread over other ones.
+    size = fitting(data.shape)
+    images = torch.cat([x for x, _ in islice(batches(data.val, size, limit=limit), -(-judged // size))])[:judged]
     out: dict[str, Any] = {
         "images": limit,
         "original": _row(base, base, labels, labelled),

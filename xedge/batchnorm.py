@@ -1,0 +1,168 @@
+"""Batch norm after a cut: give every norm the output statistics that it had before, on the same images.
+
+Re-estimating running statistics on the calibration images would also adapt the net to their domain, which a net that
+is not trained afterwards must not do. So the change is relative. With mu, v the running statistics, m_o, v_o the mean
+and variance of a norm's input on some images before the cut, and m_p, v_p after it:
+
+    v'  = v v_p / v_o,    mu' = m_p - (m_o - mu) sqrt(v_p / v_o)
+
+after which the norm's output on these images has the mean and variance it had before, channel by channel. Where the
+images are the ones that mu and v came from (m_o = mu, v_o = v) this is plain re-estimation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from xedge.data import Images, batches, fitting
+from xedge.groups import Groups
+from xedge.plan import Keep
+from xedge.prune import cut
+
+IMAGES = 512
+
+
+@dataclass
+class _Sums:
+    count: float
+    mean: Tensor
+    square: Tensor
+
+
+def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None and m.running_var is not None
+    }
+
+
+def _moments(x: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Count, sum and sum of squares of a norm's input, by channel, in float64."""
+    flat = x.detach().double().movedim(1, 0).flatten(1)
+    return float(flat.shape[1]), flat.sum(1), flat.square().sum(1)
+
+
+def _result(sums: Mapping[str, _Sums]) -> dict[str, tuple[Tensor, Tensor]]:
+    out = {}
+    for name, s in sums.items():
+        mean = s.mean / s.count
+        out[name] = (mean, (s.square / s.count - mean.square()).clamp_min(0))
+    return out
+
+
+def _add(sums: dict[str, _Sums], name: str, x: Tensor) -> None:
+    count, mean, square = _moments(x)
+    if name in sums:
+        s = sums[name]
+        s.count, s.mean, s.square = s.count + count, s.mean + mean, s.square + square
+    else:
+        sums[name] = _Sums(count, mean, square)
+
+
+@torch.no_grad()
+def input_statistics(model: nn.Module, images: Images, limit: int = IMAGES) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance [C] of every batch norm's input on training images, in eval mode."""
+    sums: dict[str, _Sums] = {}
+    handles = [
+        m.register_forward_pre_hook(lambda _m, args, name=name: _add(sums, name, args[0]))  # type: ignore[misc]
+        for name, m in _norms(model).items()
+    ]
+    model.eval()
+    try:
+        if handles:
+            for x, _ in batches(images, fitting(images[0][0].shape), limit=limit, shuffle_seed=0):
+                model(x)
+    finally:
+        for h in handles:
+            h.remove()
+    return _result(sums)
+
+
+@torch.no_grad()
+def match_batch_norm(
+    small: nn.Module,
+    before: nn.Module,
+    groups: Groups,
+    keep: Keep,
+    statistics: Mapping[str, tuple[Tensor, Tensor]],
+    images: Images,
+    limit: int = IMAGES,
+) -> None:
+    """Set the running statistics of `small`, which is `before` cut by `keep`, in place.
+
+    One pass: every norm already gives what it shall give while the norms behind it are measured.
+
+    Args:
+        small: the cut (and folded) model.
+        before: the model before the cut.
+        groups: of `before`.
+        keep: the cut.
+        statistics: `input_statistics(before, images)`.
+        images: training images.
+    """
+    if not statistics:
+        return
+    # The statistics ride through the cut as the buffers of a copy, so that channels stay with their numbers.
+    holder = copy.deepcopy(before)
+    for name, m in _norms(holder).items():
+        if name in statistics:
+            mean, variance = statistics[name]
+            assert m.running_mean is not None
+            assert m.running_var is not None
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(variance)
+    wanted = _norms(cut(holder, groups, keep))
+    sums: dict[str, _Sums] = {}
+    handles = []
+
+    def given(name: str, m: _BatchNorm, want: _BatchNorm):  # type: ignore[no-untyped-def]
+        assert m.running_mean is not None
+        assert m.running_var is not None
+        assert want.running_mean is not None
+        assert want.running_var is not None
+        own, reference = m.running_var + m.eps, want.running_var + m.eps
+        spread = (reference / own).sqrt()
+        offset = (want.running_mean - m.running_mean) / own.sqrt()
+
+        def hook(module: _BatchNorm, args: tuple[Tensor, ...], _out: Tensor) -> Tensor:
+            x = args[0]
+            _add(sums, name, x)
+            axes = [0, *range(2, x.dim())]
+            shape = [1, -1] + [1] * (x.dim() - 2)
+            z = (x - x.mean(axes, keepdim=True)) * (x.var(axes, unbiased=False, keepdim=True) + module.eps).rsqrt()
+            z = z * spread.view(shape) + offset.view(shape)
+            if module.weight is not None:
+                z = z * module.weight.view(shape) + module.bias.view(shape)
+            return z
+
+        return hook
+
+    norms = _norms(small)
+    small.eval()
+    try:
+        for name, m in norms.items():
+            if name in statistics:
+                handles.append(m.register_forward_hook(given(name, m, wanted[name])))
+        for x, _ in batches(images, fitting(images[0][0].shape), limit=limit, shuffle_seed=0):
+            if len(x) > 1:  # one image has no spread between images
+                small(x)
+    finally:
+        for h in handles:
+            h.remove()
+    for name, (mean, variance) in _result(sums).items():
+        m, want = norms[name], wanted[name]
+        assert m.running_mean is not None
+        assert m.running_var is not None
+        assert want.running_mean is not None
+        assert want.running_var is not None
+        ratio = (variance + m.eps) / (want.running_var.double() + m.eps)
+        offset = want.running_mean.double() - m.running_mean.double()
+        m.running_mean.copy_(mean - offset * ratio.sqrt())
+        m.running_var.copy_(((m.running_var.double() + m.eps) * ratio - m.eps).clamp_min(0))
