@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from xedge import cli, pipeline
-from xedge.pipeline import Request
+from xedge.request import Request
 
 if TYPE_CHECKING:
     from tiny_runs import Xedge

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 from collections import Counter
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +28,7 @@ from xedge.run import digest_file, read_json
 from xedge.target import Artifact
 
 if TYPE_CHECKING:
-    from xedge.pipeline import Loaded
+    from xedge.request import Loaded
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
@@ -41,8 +45,6 @@ def assemble(
     originals: dict[str, Path],
 ) -> Report:
     """The report of a finished run."""
-    from xedge.pipeline import environment
-
     data, request = loaded.data, loaded.request
     shape = data.shape
     before, after = macs(original, shape), macs(result.model, shape)
@@ -287,3 +289,21 @@ def _command(loaded: Loaded) -> str:
     words += ["--criterion", r.criterion, "--bits", f"{r.bits:g}", "--epochs", str(r.epochs)]
     words += ["--iterations", str(r.iterations), "--lr", f"{r.lr:g}", "--batch", str(r.batch), "--seed", str(r.seed)]
     return shlex.join(words)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine facts for the report."""
+    packages = ("torch", "onnx", "onnxruntime", "ai-edge-litert", "numpy")
+    cpu = ""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        cpu = found.group(1).strip() if found else ""
+    return {
+        "python": platform.python_version(),
+        **{p: version(p) for p in packages},
+        "machine": platform.machine(),
+        "cpu": cpu,
+        "cores": os.cpu_count() or 1,
+        "system": platform.system(),
+    }

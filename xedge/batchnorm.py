@@ -71,7 +71,7 @@ def input_statistics(model: nn.Module, images: Images, limit: int = IMAGES) -> d
     """Mean and variance [C] of every batch norm's input on training images, in eval mode."""
     sums: dict[str, _Sums] = {}
     handles = [
-        m.register_forward_pre_hook(lambda _m, args, name=name: _add(sums, name, args[0]))  # type: ignore[misc]
+        m.register_forward_pre_hook(lambda _m, args, name=name: _add(sums, name, args[0]))
         for name, m in _norms(model).items()
     ]
     model.eval()

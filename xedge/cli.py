@@ -13,8 +13,8 @@ from xedge import __version__
 from xedge.errors import XedgeError
 
 if TYPE_CHECKING:
-    from xedge.pipeline import Request
     from xedge.report import Report
+    from xedge.request import Request
 
 
 class Group(click.Group):
@@ -105,9 +105,11 @@ def compress(
 
     Run the same command again after an interruption: finished steps are skipped.
     """
-    from xedge import pipeline
+    from xedge.dry_run import dry_run as plan_only
     from xedge.errors import UsageError
+    from xedge.pipeline import compress as run_compress
     from xedge.progress import Talk
+    from xedge.request import Request
     from xedge.run import read_json
 
     given = {k: v for k, v in options.items() if v is not None and v != ()}
@@ -118,15 +120,15 @@ def compress(
             raise UsageError(
                 f"--resume takes no {', '.join(sorted(given))}", fix="the run folder knows its own options"
             )
-        request = pipeline.Request.from_json(read_json(output / "run.json"), str(output))
+        request = Request.from_json(read_json(output / "run.json"), str(output))
     else:
-        request = pipeline.Request(**given)
+        request = Request(**given)
     talk = Talk(quiet=quiet)
     if dry_run:
-        facts = pipeline.dry_run(request, talk)
+        facts = plan_only(request, talk)
         click.echo(json.dumps(facts, indent=1) if as_json else _dry_run_text(facts))
         return
-    run = pipeline.compress(request, output, talk, bench=timed)
+    run = run_compress(request, output, talk, bench=timed)
     report = _read_report(run.folder)
     if as_json:
         click.echo((run.folder / "report.json").read_text())

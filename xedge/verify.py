@@ -20,8 +20,8 @@ from xedge.simulate import Quantized
 from xedge.train import predict
 
 if TYPE_CHECKING:
-    from xedge.pipeline import Loaded
     from xedge.progress import Talk
+    from xedge.request import Loaded
 
 JUDGED = 512
 """Validation images on which artefact and judge are compared."""

@@ -1,0 +1,67 @@
+"""`xedge compress --dry-run`: groups, plan and predicted cost. Nothing is written, nothing is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from xedge import load
+from xedge.criteria import taylor
+from xedge.data import batches, fitting
+from xedge.groups import find_groups
+from xedge.iterate import costs_of, score_all
+from xedge.metrics import macs
+from xedge.observe import observe
+from xedge.plan import How, allocate, reachable
+from xedge.progress import Talk
+from xedge.request import Request, load_everything
+
+
+def dry_run(request: Request, talk: Talk | None = None) -> dict[str, Any]:
+    """Groups, plan and predicted cost. Nothing is written, nothing is trained."""
+    talk = talk or Talk(quiet=True)
+    loaded = load_everything(request)
+    original = loaded.model.eval()
+    groups = find_groups(original, torch.stack([loaded.data.train[0][0]]), exclude=request.exclude)
+    costs = costs_of(original, loaded.data.shape, groups)
+    total = macs(original, loaded.data.shape).total
+    outside = total - costs.total({})
+    align = loaded.settings.align
+    sizes = {g.name: (g.size, g.size) for g in groups.free}
+    least = reachable(costs, sizes, align) + outside
+    budget = request.budget()
+    goal = (budget.macs if budget.macs is not None else least / total) * total
+    talk.say("ranking channels" if not loaded.trained_here else "untrained: equal shares of every layer")
+    felt = None
+    if loaded.trained_here:
+        scores = {g.name: np.ones(g.size) for g in groups.free if g.consumers}
+    else:
+        size = fitting(loaded.data.shape, gradients=True)
+        images = batches(loaded.data.train, size, shuffle_seed=request.seed, limit=256)
+        observed = observe(original, groups, images, loaded.teacher, gradients=True, seed=request.seed)
+        scores = score_all(load.load_criterion(request.criterion), groups, observed)
+        felt = score_all(taylor.score, groups, observed)
+    plans = {}
+    hows: tuple[How, ...] = ("uniform",) if loaded.trained_here else ("uniform", "global", "taylor")
+    whole = {g.name: g.size for g in groups.free}
+    for how in hows:
+        keep = allocate(scores, costs, goal - outside, originals=whole, align=align, how=how, taylor=felt)
+        left = costs.total({n: int((~k).sum()) for n, k in keep.items()}) + outside
+        plans[how] = {"macs": left, "keep": {n: int(k.sum()) for n, k in keep.items()}}
+    return {
+        "model": request.model,
+        "data": loaded.data.name,
+        "targets": [t.name for t in loaded.targets],
+        "align": align,
+        "macs": total,
+        "least_macs": least,
+        "trained": not loaded.trained_here,
+        "groups": [
+            {"name": g.name, "channels": g.size, "producers": list(g.producers), "consumers": list(g.consumers)}
+            for g in groups.free
+        ],
+        "frozen": [list(row) for row in groups.frozen],
+        "plans": plans,
+    }
