@@ -48,7 +48,7 @@ def test_help_names_every_option(command: list[str]) -> None:
 
 def test_every_option_of_compress_reaches_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Request] = []
-    monkeypatch.setattr(pipeline, "dry_run", lambda request, talk: seen.append(request) or {})
+    monkeypatch.setattr("xedge.dry_run.dry_run", lambda request, talk: seen.append(request) or {})
     given = {
         "model": "resnet20", "weights": "w.pt", "data": "cifar10", "data_root": "d", "targets": ("android", "jetson"),
         "macs": 0.4, "max_drop": 0.005, "criterion": "di", "bits": 4.5, "epochs": 7, "iterations": 9, "base_epochs": 2,
