@@ -43,10 +43,10 @@ def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def _moments(x: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Count, sum and sum of squares of a norm's input, by channel, in float64."""
-    flat = x.detach().double().movedim(1, 0).flatten(1)
-    return float(flat.shape[1]), flat.sum(1), flat.square().sum(1)
+def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean of a norm's input, by channel."""
+    variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], unbiased=False)
+    return variance, mean
 
 
 def _result(sums: Mapping[str, _Sums]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -57,13 +57,15 @@ def _result(sums: Mapping[str, _Sums]) -> dict[str, tuple[Tensor, Tensor]]:
     return out
 
 
-def _add(sums: dict[str, _Sums], name: str, x: Tensor) -> None:
-    count, mean, square = _moments(x)
+def _add(sums: dict[str, _Sums], name: str, x: Tensor, variance: Tensor, mean: Tensor) -> None:
+    count = x.numel() / x.shape[1]
+    total = mean.double() * count
+    square = (variance.double() + mean.double().square()) * count
     if name in sums:
         s = sums[name]
-        s.count, s.mean, s.square = s.count + count, s.mean + mean, s.square + square
+        s.count, s.mean, s.square = s.count + count, s.mean + total, s.square + square
     else:
-        sums[name] = _Sums(count, mean, square)
+        sums[name] = _Sums(count, total, square)
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def input_statistics(model: nn.Module, images: Images, limit: int = IMAGES) -> d
     """Mean and variance [C] of every batch norm's input on training images, in eval mode."""
     sums: dict[str, _Sums] = {}
     handles = [
-        m.register_forward_pre_hook(lambda _m, args, name=name: _add(sums, name, args[0]))
+        m.register_forward_pre_hook(lambda _m, args, name=name: _add(sums, name, args[0], *_spread(args[0])))
         for name, m in _norms(model).items()
     ]
     model.eval()
@@ -133,14 +135,14 @@ def match_batch_norm(
 
         def hook(module: _BatchNorm, args: tuple[Tensor, ...], _out: Tensor) -> Tensor:
             x = args[0]
-            _add(sums, name, x)
-            axes = [0, *range(2, x.dim())]
-            shape = [1, -1] + [1] * (x.dim() - 2)
-            z = (x - x.mean(axes, keepdim=True)) * (x.var(axes, unbiased=False, keepdim=True) + module.eps).rsqrt()
-            z = z * spread.view(shape) + offset.view(shape)
+            variance, mean = _spread(x)
+            _add(sums, name, x, variance, mean)
+            factor = (variance + module.eps).rsqrt() * spread
+            constant = offset - mean * factor
             if module.weight is not None:
-                z = z * module.weight.view(shape) + module.bias.view(shape)
-            return z
+                factor, constant = factor * module.weight, constant * module.weight + module.bias
+            shape = [1, -1] + [1] * (x.dim() - 2)
+            return x * factor.view(shape) + constant.view(shape)
 
         return hook
 
