@@ -211,9 +211,9 @@ def spread(n: int, count: int) -> Tensor:
 def fitting(shape: Sequence[int], most: int = 128, *, gradients: bool = False) -> int:
     """Images at a time, so that a pass over large pictures stays within about a gigabyte.
 
-    An image of 224 x 224 through a mobile net holds about 150 MB while gradients are wanted, and 30 MB without.
+    An image of 224 x 224 through a mobile net holds about 150 MB while gradients are wanted, and 60 MB without.
     """
-    pixels = 224 * 224 * (6 if gradients else 32)
+    pixels = 224 * 224 * (6 if gradients else 16)
     return max(1, min(most, pixels // max(1, shape[-1] * shape[-2])))
 
 

@@ -45,7 +45,7 @@ def least_snr(judge: Quantized, images: Tensor, want: Tensor) -> float:
     draw = torch.Generator().manual_seed(0)
     some = images[:JITTERED]
     with torch.no_grad():
-        parts = torch.split(some, 1 if judge.single else 64)
+        parts = torch.split(some, 1 if judge.single else fitting(some.shape))
         shaken = torch.cat([judge.run(x, JITTER, draw).flatten(1) for x in parts])
     return min(snr_db(want[: len(some)], shaken) - MARGIN, MOST)
 
