@@ -4,8 +4,10 @@
 
 xedge as it comes; the paper's own method (labels, DiLOSS, the same part of every layer, no folding); and importances of
 torch-pruning (pip install torch-pruning) in its pruner's default use, at the ratio that meets the same MACs. One cut,
-the stem like any other layer, judged before and after the same short fine-tuning. Rows that are there are not measured
-again.
+the stem like any other layer, judged before and after the same short fine-tuning. Without labels every method is tuned
+twice, with its batch norms' running statistics free and frozen, and keeps what held-back pictures prefer: a net whose
+norms were left as they were needs the one, a net whose norms were matched the other. Rows that are there are not
+measured again.
 """
 
 from __future__ import annotations
@@ -168,8 +170,17 @@ def measure(name: str, method: str, seed: int, model: nn.Module, data: Data) -> 
     part: Any = Subset(data.train, chosen.tolist())  # type: ignore[arg-type]
     labelled = data.classes is not None
     recipe = Recipe(epochs=1, lr=case.lr, batch=128 if labelled else 16, seed=seed, distill=0.0 if labelled else 1.0)
-    fit(small.train(), replace(data, train=part), recipe, original=model)
-    return {**row, "after": judge(small, data, base)}
+    if labelled:
+        fit(small, replace(data, train=part), recipe, original=model)
+        return {**row, "after": judge(small, data, base)}
+    held, _ = predict(model, data.select)
+    tuned = []
+    for frozen in (False, True):
+        copied = copy.deepcopy(small)
+        fit(copied, replace(data, train=part), replace(recipe, frozen_norms=frozen), original=model)
+        tuned.append((kl(held, predict(copied, data.select)[0]), frozen, copied))
+    divergence, frozen, best = min(tuned, key=lambda t: t[0])
+    return {**row, "frozen norms": frozen, "held back": divergence, "after": judge(best, data, base)}
 
 
 def base_model(name: str, seed: int, data: Data, out: Path) -> nn.Module:

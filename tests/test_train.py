@@ -153,6 +153,17 @@ def test_without_labels_the_original_teaches() -> None:
     assert float((a.argmax(1) == b.argmax(1)).float().mean()) > 0.7
 
 
+def test_frozen_norms_keep_their_statistics_and_train_the_rest(data: Data) -> None:
+    before, free = fresh(), fit(fresh(), data, RECIPE)
+    frozen = fit(fresh(), data, dataclasses.replace(RECIPE, frozen_norms=True))
+    statistics = [k for k in before.state_dict() if "running_" in k]
+    assert statistics
+    for k, v in before.state_dict().items():
+        kept = k in statistics or k.endswith("num_batches_tracked")
+        assert torch.equal(frozen.state_dict()[k], v) == kept
+        assert not torch.equal(free.state_dict()[k], v)
+
+
 def test_a_loss_that_is_not_finite_is_one_line(data: Data) -> None:
     model = fresh()
     with torch.no_grad():

@@ -175,7 +175,7 @@ def ps_iteration(
             small = cut_and_fold(model, now, then, data.train, statistics, seen, sequential=sequential)
             recipe = Recipe(
                 epochs=settings.epochs, lr=settings.lr, batch=settings.batch, seed=settings.seed + index,
-                smoothing=settings.smoothing, distill=settings.distill if labelled else 1.0,
+                smoothing=settings.smoothing, distill=settings.distill if labelled else 1.0, frozen_norms=not labelled,
             )  # fmt: skip
             checkpoint = run.folder / "prune" / f".{index:03d}.checkpoint.safetensors"
             untrained = copy.deepcopy(small)

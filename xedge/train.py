@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from xedge.data import Data, Images, batches, fitting, loader
 from xedge.errors import InternalError, UsageError
@@ -40,6 +41,8 @@ class Recipe:
         smoothing: label smoothing.
         distill: weight of the original's softened answers (KL) against the labels; 1 without labels.
         temperature: of the distillation.
+        frozen_norms: batch norms keep their running statistics and normalise with them: a few pictures without labels
+            are not the data that the net was trained on, and their statistics would take the place of that data's.
         seed: of the order and the augmentation.
     """
 
@@ -51,6 +54,7 @@ class Recipe:
     smoothing: float = 0.0
     distill: float = 0.0
     temperature: float = 2.0
+    frozen_norms: bool = False
     seed: int = 0
 
 
@@ -102,6 +106,10 @@ def fit(
     total, warm = recipe.epochs * steps, max(1, recipe.epochs * steps // 10)
     for epoch in range(start, recipe.epochs):
         wrapped.train()
+        if recipe.frozen_norms:
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         shuffled = accelerator.prepare(loader(data.train, recipe.batch, recipe.seed, epoch))
         draw = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
         torch.manual_seed(recipe.seed * 100_003 + epoch)  # dropout
