@@ -13,6 +13,9 @@ from torch.nn import functional
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """A batch [N, C, H, W] in, a randomly changed batch of the same shape out. The same generator state, the same batch."""
 
+PairAugment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+"""Inputs [N, C, H, W] and true pictures [N, C', s H, s W], changed together."""
+
 
 @dataclass(frozen=True)
 class CropFlip:
@@ -77,3 +80,33 @@ class ZoomFlip:
         theta[:, 1, 1], theta[:, 1, 2] = height, (2 * v - 1) * (1 - height)
         grid = functional.affine_grid(theta, list(x.shape), align_corners=False)
         return functional.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Each pair mirrored, upended and transposed by three coins: the eight positions of a square.
+
+    Args:
+        noise: for denoising: standard deviation, on the scale 0..255, of new noise that each call puts on the truth in
+            place of the input's own, clipped and rounded to 8 bits.
+    """
+
+    noise: float | None = None
+
+    def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Square pictures [N, C, H, H] and [N, C', s H, s H] -> the same shapes. Draws 3 N numbers, and the noise."""
+        coins = (torch.rand(3, len(x), generator=generator, device=generator.device) < 0.5).to(x.device)
+        for change, coin in zip(_TURNS, coins, strict=True):
+            coin = coin.view(-1, 1, 1, 1)
+            x, y = torch.where(coin, change(x), x), torch.where(coin, change(y), y)
+        if self.noise is not None:
+            grain = torch.randn(y.shape, generator=generator, device=generator.device).to(y)
+            x = (y * 255 + self.noise * grain).round().clamp(0, 255) / 255
+        return x, y
+
+
+_TURNS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x.flip(3),
+    lambda x: x.flip(2),
+    lambda x: x.transpose(2, 3),
+)

@@ -6,7 +6,8 @@
 - ``val`` is the official test split and is read for the report alone.
 
 A data set of a user's own is a callable that returns `Data`; its three splits may be any sized torch Dataset of
-(float32 [C, H, W], int label). The files under ``calibration/`` are written with the helpers of this module.
+(float32 [C, H, W], int label), or of (input, truth), two pictures, where `Data.scale` is set. The files under
+``calibration/`` are written with the helpers of this module.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -27,22 +28,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from xedge.augment import Augment
+from xedge.augment import Augment, PairAugment
 from xedge.errors import UsageError, nearest
 
 Batch = tuple[Tensor, Tensor]
-"""Images float32 [N, C, H, W] and labels int64 [N] (-1 where there is none)."""
+"""Images float32 [N, C, H, W], and labels int64 [N] (-1 where there is none) or, where the data restore, the true
+pictures float32 [N, C', scale * H, scale * W]."""
 
 UNLABELLED = -1
 
 
 class Images(Protocol):
-    """A sized, indexable set of (float32 [C, H, W], label). A `batch(indices) -> Batch` method, where there is one,
-    is used instead of one call per image."""
+    """A sized, indexable set of (float32 [C, H, W], label or true picture). A `batch(indices) -> Batch` method, where
+    there is one, is used instead of one call per image."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
+    def __getitem__(self, index: int, /) -> tuple[Tensor, Any]: ...
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A held-out picture, whole.
+
+    Attributes:
+        name: of its file, without the folder.
+        make: reads it: input uint8 [h, w, 3] and truth uint8 [scale * h, scale * w, 3].
+    """
+
+    name: str
+    make: Callable[[], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
+
+    def load(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Input and truth, read anew at each call."""
+        return self.make()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +70,17 @@ class Data:
 
     Attributes:
         name: for reports.
-        train, select, val: disjoint sets of (float32 [C, H, W], int label); label -1 when unlabelled.
+        train, select, val: disjoint sets of (float32 [C, H, W], int label); label -1 when unlabelled. With a `scale`,
+            of (input, truth), both on the scale 0..1.
         classes: number of classes; None means unlabelled: the teacher is then the original's logits.
         class_names: `classes` names, or empty.
         superclasses: for each class the index of the coarse class it belongs to, or empty.
         shape: (C, H, W) of every image.
         augment: for training batches, or None.
+        augment_pairs: the same for data that restore: it changes input and truth together.
+        scale: None for classification. Otherwise the data restore pictures: the truth [C', scale * H, scale * W] is
+            so many times larger than the input (1 for denoising and deblocking), and `classes` is None.
+        pictures: for data that restore, the held-out pictures whole; for reports and benchmarks alone.
         mean, std: per channel, as subtracted and divided on the scale 0..1; empty when the images come normalised.
         source: the folder, file or package the images were read from.
         notes: facts about the splits that a reader of the report should know.
@@ -75,8 +99,28 @@ class Data:
     std: tuple[float, ...] = ()
     source: str = ""
     notes: tuple[str, ...] = ()
+    scale: int | None = None
+    augment_pairs: PairAugment | None = None
+    pictures: tuple[Picture, ...] = ()
+
+    @property
+    def restores(self) -> bool:
+        """Whether an item is (input, truth), two pictures."""
+        return self.scale is not None
+
+    def augmented(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Batch:
+        """A training batch, changed at random as these data want it."""
+        if self.augment_pairs is not None:
+            return self.augment_pairs(x, y, generator)
+        return (x if self.augment is None else self.augment(x, generator)), y
 
     def __post_init__(self) -> None:
+        if self.scale is not None and (self.scale < 1 or self.classes is not None):
+            raise UsageError(
+                f"scale {self.scale} with classes {self.classes}",
+                where=self.name,
+                fix="set scale 1 or more, or classes",
+            )
         for split in ("train", "select", "val"):
             if len(getattr(self, split)) == 0:
                 raise UsageError(f"the {split} split is empty", where=self.name, fix="give more images")
@@ -103,6 +147,9 @@ def check(data: Data) -> Data:
             raise UsageError(f"the image is {x.dtype}, not float32", where=where, fix="convert and normalise it")
         if not bool(torch.isfinite(x).all()):
             raise UsageError("the image holds NaN or infinity", where=where, fix="check the normalisation")
+        if data.scale is not None:
+            _check_truth(x, y, data.scale, where)
+            continue
         label = int(y[0])
         if label != UNLABELLED and data.classes is None:
             raise UsageError(
@@ -111,6 +158,17 @@ def check(data: Data) -> Data:
         if data.classes is not None and not 0 <= label < data.classes:
             raise UsageError(f"the label is {label}, not 0..{data.classes - 1}", where=where, fix="check the labels")
     return data
+
+
+def _check_truth(x: Tensor, y: Tensor, scale: int, where: str) -> None:
+    wanted = (scale * x.shape[2], scale * x.shape[3])
+    if y.dim() != 4 or tuple(y.shape[2:]) != wanted or y.dtype != torch.float32:
+        raise UsageError(
+            f"the true picture is {y.dtype} {tuple(y.shape[1:])}, not float32 [C, {wanted[0]}, {wanted[1]}]",
+            where=where,
+        )
+    if not bool(torch.isfinite(y).all()) or float(y.min()) < 0 or float(y.max()) > 1:
+        raise UsageError("the true picture leaves 0..1", where=where, fix="divide it by 255, without normalisation")
 
 
 class Tensors(Dataset[tuple[Tensor, int]]):
@@ -185,6 +243,8 @@ def take(dataset: Images, indices: Sequence[int] | Tensor) -> Batch:
     if whole is not None:
         return cast(Batch, whole(indices))
     pairs = [dataset[int(i)] for i in indices]
+    if isinstance(pairs[0][1], Tensor) and pairs[0][1].dim() == 3:
+        return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
     return torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs], dtype=torch.int64)
 
 

@@ -242,8 +242,13 @@ def is_built_in(spec: str) -> bool:
     return spec in models()
 
 
-def load_model(spec: str, *, classes: int | None, channels: int) -> nn.Module:
+def load_model(spec: str, *, classes: int | None, channels: int, scale: int | None = None) -> nn.Module:
     """The model behind a spec, in eval mode, with whatever weights its own callable gave it.
+
+    Args:
+        classes: of the data, for models that classify.
+        channels: of the input.
+        scale: of data that restore pictures: how much larger the output is.
 
     Raises:
         UsageError: unknown name, or the user's callable fails or returns something that is not a Module.
@@ -252,7 +257,13 @@ def load_model(spec: str, *, classes: int | None, channels: int) -> nn.Module:
 
     if is_built_in(spec):
         function = attribute(models()[spec][0], "model")
-        model = call_user(function, spec, {"classes": classes or 1000, "channels": channels})
+        if _takes(function, "scale") != (scale is not None):
+            wants = "pictures to restore" if scale is None else "classes"
+            raise UsageError(
+                f"wants data with {wants}", where=spec, fix="choose by `xedge list models` and `xedge list data`"
+            )
+        known = {"classes": classes or 1000, "channels": channels} if scale is None else {"scale": scale}
+        model = call_user(function, spec, known)
     else:
         if ":" not in spec:
             raise UsageError(
@@ -261,6 +272,8 @@ def load_model(spec: str, *, classes: int | None, channels: int) -> nn.Module:
             )
         function = attribute(spec, "model")
         arguments: dict[str, Any] = {}
+        if scale is not None and _takes(function, "scale"):
+            arguments["scale"] = scale
         if classes is not None and _takes_num_classes(function):
             arguments["num_classes"] = classes
         if isinstance(function, nn.Module):
@@ -274,14 +287,21 @@ def load_model(spec: str, *, classes: int | None, channels: int) -> nn.Module:
 
 def _takes_num_classes(function: Any) -> bool:
     """torchvision and timm take num_classes, often through **kwargs."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-    if "num_classes" in parameters:
+    if _takes(function, "num_classes"):
         return True
     zoo = (getattr(function, "__module__", "") or "").split(".")[0] in ("torchvision", "timm")
-    return zoo and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return zoo and any(p.kind is p.VAR_KEYWORD for p in _parameters(function))
+
+
+def _takes(function: Any, name: str) -> bool:
+    return any(p.name == name for p in _parameters(function))
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -153,7 +153,9 @@ class Loaded:
 
     def factory(self) -> nn.Module:
         """The original's architecture anew."""
-        return load.load_model(self.request.model, classes=self.data.classes, channels=self.data.shape[0])
+        return load.load_model(
+            self.request.model, classes=self.data.classes, channels=self.data.shape[0], scale=self.data.scale
+        )
 
     @property
     def settings(self) -> Settings:
@@ -187,7 +189,7 @@ def load_everything(request: Request) -> Loaded:
             raise UsageError(f"is no regular expression ({e})", where=f"--{flag} {pattern}", fix="mend it") from e
     data = check(load.load_data(request.data, root=_root(request), seed=request.seed))
     torch.manual_seed(request.seed)
-    model = load.load_model(request.model, classes=data.classes, channels=data.shape[0])
+    model = load.load_model(request.model, classes=data.classes, channels=data.shape[0], scale=data.scale)
     if request.weights is not None:
         load.put_weights(model, load.read_weights(Path(request.weights)), request.weights)
     for flag, pattern in (("keep-float", request.keep_float), *(("bits-min", p) for _, p in request.bits_min)):

@@ -122,8 +122,7 @@ def fit(
             rise = at / warm if at < warm else 0.5 * (1 + math.cos(math.pi * (at - warm) / max(1, total - warm)))
             for g in optimizer.param_groups:
                 g["lr"] = recipe.lr * max(rise, 1e-3)
-            if data.augment is not None:
-                x = data.augment(x, draw)
+            x, y = data.augmented(x, y, draw)
             x = x.contiguous(memory_format=torch.channels_last)  # a quarter faster on CPUs, and the fast way on GPUs
             loss = _loss(wrapped, original, x, y, recipe, labelled)
             optimizer.zero_grad()
