@@ -22,6 +22,8 @@ def make(name: str, **arguments: int) -> nn.Module:
     return model
 
 
+CLASSIFIERS = ("xedge.models.lenet", "xedge.models.resnet", "xedge.models.mobilenet")
+
 # Option B's two projections: 16 x 32 and 32 x 64 weights, and their batch norms' scales and shifts.
 PROJECTIONS = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
 # He et al. with option A. MACs: convolutions and the linear layer at 32x32.
@@ -76,8 +78,8 @@ def test_mobilenet_v2_takes_torchvisions_weights_and_gives_its_outputs() -> None
         torch.testing.assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_every_model_exports_and_trains_with_other_channels_and_classes(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n, (where, _) in BUILT_IN.items() if where.split(":")[0] in CLASSIFIERS])
+def test_every_classifier_exports_and_trains_with_other_channels_and_classes(name: str) -> None:
     model = make(name, classes=7, channels=2)
     x = torch.randn(2, 2, 28, 28)
     y = model.train()(x)

@@ -23,7 +23,8 @@ WINDOW = 11
 def luma(rgb: Tensor) -> Tensor:
     """Y of [..., 3, H, W] on 0..1, as MATLAB's rgb2ycbcr has it (BT.601): [..., H, W] in 16/255..235/255."""
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=rgb.dtype, device=rgb.device)
-    return (torch.tensordot(weights, rgb.movedim(-3, 0), 1) + 16) / 255
+    y: Tensor = torch.tensordot(weights, rgb.movedim(-3, 0), 1)
+    return (y + 16) / 255
 
 
 def psnr(truth: Tensor, got: Tensor, *, shave: int = 0, on_y: bool = True, quantise: bool = True) -> float:

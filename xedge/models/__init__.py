@@ -15,7 +15,16 @@ BUILT_IN: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mobilenet_v2": ("xedge.models.mobilenet:mobilenet_v2", "MobileNetV2, 3.5 M parameters, 224x224"),
         "mobilenet_v1_small": ("xedge.models.mobilenet:mobilenet_v1_small", "MobileNetV1 with strides for 32x32"),
         "mobilenet_v2_small": ("xedge.models.mobilenet:mobilenet_v2_small", "MobileNetV2 with strides for 32x32"),
+        "srcnn": ("xedge.models.srcnn:srcnn", "SRCNN 9-5-5, 69 k parameters (RGB); any scale"),
+        "vdsr": ("xedge.models.srcnn:vdsr", "VDSR, 668 k parameters (RGB); any scale"),
+        "dncnn": ("xedge.models.srcnn:dncnn", "DnCNN-17, 558 k parameters (RGB); denoising and deblocking"),
+        "srresnet": ("xedge.models.srresnet:srresnet", "SRResNet, 1.52 M parameters at x4, 1.375 M at x2"),
+        "x_srresnet": ("xedge.models.srresnet:x_srresnet", "SRResNet with nearest neighbours for sub-pixel layers"),
+        "lapsrn": ("xedge.models.lapsrn:lapsrn", "LapSRN, 0.87 M parameters; x2 and x4"),
+        "feqe": ("xedge.models.feqe:feqe", "FEQE, 96 k parameters; x2 and x4"),
+        "hsrn": ("xedge.models.hsrn:hsrn", "HSRN, windows of 3, 9 and 27 pixels; any scale, denoising, deblocking"),
+        "span": ("xedge.models.span:span", "SPAN, 426 k parameters at x4; any scale"),
     }
 )
-"""name -> (module:factory, one line). A factory takes `classes` and `channels`, and draws its first weights from
-torch's global generator."""
+"""name -> (module:factory, one line). A factory takes `classes` and `channels`, or `scale` where it restores pictures.
+It draws its first weights from torch's global generator."""
