@@ -30,7 +30,7 @@ from xedge.errors import UnsupportedGraph, UsageError, nearest
 from xedge.target import Runner, Target
 
 from .tflite_conv import CONV_WRITERS
-from .tflite_emit import NHWC, Emitter, preferred
+from .tflite_emit import NHWC, Emitter, WeightForm, preferred
 from .tflite_fuse import fuse
 from .tflite_graph import read
 from .tflite_move import MOVE_WRITERS
@@ -52,13 +52,14 @@ def operators() -> tuple[str, ...]:
     return tuple(sorted({*_WRITERS, *_ABSORBED} - {"Affine", "Requantize"}))
 
 
-def convert(model: onnx.ModelProto, name: str = "model", *, batch: int | None = 1) -> bytes:
+def convert(model: onnx.ModelProto, name: str = "model", *, batch: int | None = 1, weights: WeightForm = None) -> bytes:
     """The bytes of a .tflite file for an ONNX model (opset 13 or later); the same model gives the same bytes.
 
     Args:
         model: float, or quantised in QDQ form: int8 or uint8 activations per tensor, int8 weights with zero point 0.
         name: of the subgraph.
         batch: the batch that is written (and stays resizable where every operator allows); None keeps the model's.
+        weights: "float16" or "int4"; see `WeightForm`.
 
     Raises:
         UnsupportedGraph: one line that names the operator, its node, and what to do.
@@ -72,7 +73,7 @@ def convert(model: onnx.ModelProto, name: str = "model", *, batch: int | None = 
             )
     graph = read(model, batch)
     fuse(graph)
-    emitter = Emitter(graph)
+    emitter = Emitter(graph, weights)
     inputs = {public: emitter.start(tensor).index for public, tensor in graph.inputs.items()}
     for node in graph.nodes:
         if node.op not in _WRITERS:
@@ -96,7 +97,9 @@ def _folds(model: onnx.ModelProto, proto: onnx.NodeProto) -> bool:
     return all(out in known for out in proto.output)
 
 
-def compile(onnx_path: Path, folder: Path, name: str) -> Path:  # noqa: A001  the name in Target's contract
+def compile(  # noqa: A001  the name in Target's contract
+    onnx_path: Path, folder: Path, name: str, weights: WeightForm = None
+) -> Path:
     """Write folder/name.tflite from a float or QDQ ONNX file; the file appears whole or not at all.
 
     Raises:
@@ -108,7 +111,7 @@ def compile(onnx_path: Path, folder: Path, name: str) -> Path:  # noqa: A001  th
         raise UsageError("no such file", where=str(onnx_path), fix="give the path of an ONNX model") from error
     except DecodeError as error:
         raise UsageError("not an ONNX model", where=str(onnx_path), fix="give the path of an ONNX model") from error
-    data = convert(model, name)
+    data = convert(model, name, weights=weights)
     path = folder / f"{name}.tflite"
     try:
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
@@ -232,6 +235,7 @@ TARGET = Target(
     compile=compile,
     load=load,
     suffix=".tflite",
+    weight_bits=(8, 4),
     sources=(
         "https://ai.google.dev/edge/litert/models/quantization_spec",
         "tensorflow/lite/tools/versioning/op_version.cc",

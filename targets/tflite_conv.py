@@ -61,19 +61,32 @@ def integer_bias(weights: Weights, bias: Array, scale_in: float) -> tuple[Weight
     return Weights(values, scale), np.rint(bias / (scale_in * scale)).astype(np.int32)
 
 
+def four_bits(weights: Weights | None) -> bool:
+    """Whether every weight fits in 4 bits, as those of a layer do whose channels are all planned at 4 bits or fewer."""
+    return weights is not None and weights.values.min(initial=0) >= -8 and weights.values.max(initial=0) <= 7
+
+
 def weight_tensors(
-    e: Emitter, name: str, x: Value, real: Array, weights: Weights | None, bias: Array | None, order: Sequence[int]
+    e: Emitter,
+    name: str,
+    x: Value,
+    real: Array,
+    weights: Weights | None,
+    bias: Array | None,
+    order: Sequence[int],
+    *,
+    int4: bool = False,
 ) -> list[int]:
     """Weight and bias constants. `real` or `weights` is output channel first, and is stored transposed by `order`."""
     count = (real if weights is None else weights.values).shape[0]
     bias = np.zeros(count, np.float32) if bias is None else bias.reshape(-1)
     if weights is None or x.grid is None:
-        return [e.floats(f"{name}/weight", real.transpose(order)), e.floats(f"{name}/bias", bias)]
+        return [e.float_weight(f"{name}/weight", real.transpose(order)), e.float_weight(f"{name}/bias", bias)]
     weights, steps = integer_bias(weights, bias, x.grid.scale)
     axis = list(order).index(0)
     values = weights.values.transpose(order).astype(np.int8)
     return [
-        e.flat.constant(f"{name}/weight", values, weights.scale, axis=axis),
+        e.flat.constant(f"{name}/weight", values, weights.scale, axis=axis, int4=int4),
         e.flat.constant(f"{name}/bias", steps, weights.scale * x.grid.scale),
     ]
 
@@ -232,7 +245,10 @@ def convolve(
     else:
         options, code, order = schema.Conv2DOptionsT(**shared), "CONV_2D", (0, 2, 3, 1)
         version = 6 if groups > 1 else None
-    constants = weight_tensors(e, name, x, real, weights, bias, order)
+    # XNNPACK refuses them and LiteRT's own kernels, which run them, are slower: only where they were asked for. Its
+    # reference kernels have no depthwise one.
+    int4 = e.weights == "int4" and x.grid is not None and not depthwise and four_bits(weights)
+    constants = weight_tensors(e, name, x, real, weights, bias, order, int4=int4)
     return e.emit(
         code,
         [x.index, *constants],
@@ -242,7 +258,7 @@ def convolve(
         perm=NHWC,
         grid=grid,
         options=options,
-        version=version,
+        version=7 if int4 else version,
     )
 
 
@@ -385,12 +401,14 @@ def linear(e: Emitter, node: Node) -> None:
     if x.perm[-1] != len(x.shape) - 1:
         x = e.plain(x)
     clip = node.clip if rest is None else None
-    if weights is not None and len(set(weights.scale.tolist())) > 1:
+    by_channel = weights is not None and len(set(weights.scale.tolist())) > 1
+    int4 = four_bits(weights) and x.shape[-1] % 2 == 0  # XNNPACK and LiteRT's own kernels run these; of odd rows, none
+    if weights is not None and by_channel and not int4:
         made = _pointwise(e, node, x, weights, bias, shape)
     else:
         options = schema.FullyConnectedOptionsT(fusedActivationFunction=activation(clip), keepNumDims=len(shape) != 2)
-        constants = weight_tensors(e, node.outputs[0], x, real, weights, bias, (0, 1))
-        version = 5 if len(shape) != 2 else None
+        constants = weight_tensors(e, node.outputs[0], x, real, weights, bias, (0, 1), int4=int4)
+        version = (12 if by_channel else 10) if int4 else 5 if len(shape) != 2 else None
         made = e.emit(
             "FULLY_CONNECTED", [x.index, *constants], x, node.outputs[0],
             shape=shape, perm=x.perm, grid=e.grid(node), options=options, version=version,

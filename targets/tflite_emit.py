@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -25,6 +25,10 @@ from .tflite_write import FlatModel
 Array = NDArray[Any]
 
 NHWC: Final = (0, 2, 3, 1)
+
+WeightForm = Literal["float16", "int4"] | None
+"""How weights lie in the file, where that is a choice. ``float16``: those of float layers. ``int4``: all that fit in 4
+bits and that LiteRT has a kernel for; None: only those that its fast kernels (XNNPACK) take."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,11 @@ class Value:
 class Emitter:
     """Writes one graph into one FlatModel, node by node."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, weights: WeightForm = None) -> None:
         self.graph = graph
+        self.weights = weights
         self.flat = FlatModel()
+        self.flat.half = weights == "float16"
         self.free_batch = True  # False once an operator's constants spell the batch
         self._values: dict[str, Value] = {}
         self._floats: dict[int, Value] = {}
@@ -217,6 +223,18 @@ class Emitter:
 
     def floats(self, name: str, values: Array) -> int:
         return self.flat.constant(name, np.asarray(values, np.float32))
+
+    def float_weight(self, name: str, values: Array) -> int:
+        """A weight or bias of a float layer: float32, or float16 behind a DEQUANTIZE, which XNNPACK folds."""
+        if self.weights != "float16":
+            return self.floats(name, values)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise UnsupportedGraph("its values exceed float16", where=name, fix="write it without --weights float16")
+        stored, whole = self.flat.constant(f"{name}/float16", half), self.flat.tensor(name, values.shape)
+        self.flat.operator("DEQUANTIZE", [stored], [whole], version=3)
+        return whole
 
     def on_grid(self, name: str, values: Array, grid: Grid | None) -> int:
         """A constant operand of an elementwise operator, rounded to `grid` (None: float32)."""

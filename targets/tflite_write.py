@@ -57,6 +57,8 @@ _VERSIONS: Final[Mapping[str, tuple[int, int]]] = {
 
 _TYPES: Final[Mapping[str, int]] = {
     "float32": schema.TensorType.FLOAT32,
+    "float16": schema.TensorType.FLOAT16,
+    "int4": schema.TensorType.INT4,
     "int8": schema.TensorType.INT8,
     "int32": schema.TensorType.INT32,
 }
@@ -80,6 +82,7 @@ class FlatModel:
         self._operators: list[Any] = []
         self._codes: dict[tuple[str, int], int] = {}
         self._constants: dict[tuple[object, ...], int] = {}
+        self.half = False  # whether float kernels may compute in float16
 
     def tensor(self, name: str, shape: Sequence[int], scale: float | None = None, zero_point: int = 0) -> int:
         """An activation: float32, or int8 on the grid scale * (q - zero_point)."""
@@ -92,21 +95,31 @@ class FlatModel:
         return len(self._tensors) - 1
 
     def constant(
-        self, name: str, data: Array, scale: Array | None = None, zero_point: Array | None = None, axis: int = 0
+        self,
+        name: str,
+        data: Array,
+        scale: Array | None = None,
+        zero_point: Array | None = None,
+        axis: int = 0,
+        *,
+        int4: bool = False,
     ) -> int:
-        """A constant of float32, int32 or int8; equal ones (data, type and scales) are stored once."""
+        """A constant of float32, float16, int32, int8, or int8 values in -8..7 stored as int4; equal ones (data, type
+        and scales) are stored once."""
         data = np.ascontiguousarray(data)
+        kind = "int4" if int4 else data.dtype.name
         grid = tuple(None if a is None else a.tobytes() for a in (scale, zero_point))
-        key = (data.tobytes(), data.shape, data.dtype.name, axis, grid)
+        key = (data.tobytes(), data.shape, kind, axis, grid)
         if key in self._constants:
             return self._constants[key]
         made = schema.TensorT()
-        made.name, made.shape, made.type = name, [int(n) for n in data.shape], _TYPES[data.dtype.name]
+        made.name, made.shape, made.type = name, [int(n) for n in data.shape], _TYPES[kind]
         if scale is not None:
             points = np.zeros(scale.size, np.int64) if zero_point is None else zero_point
             made.quantization = _quantization(scale, points, axis)
         buffer = _AlignedBuffer()
-        buffer.data = np.frombuffer(data.astype(data.dtype.newbyteorder("<")).tobytes(), np.uint8)
+        stored = nibbles(data) if int4 else data.astype(data.dtype.newbyteorder("<"))
+        buffer.data = np.frombuffer(stored.tobytes(), np.uint8)
         self._buffers.append(buffer)
         made.buffer = len(self._buffers) - 1
         self._tensors.append(made)
@@ -148,9 +161,19 @@ class FlatModel:
         model.version, model.description = 3, "xedge"
         model.operatorCodes = [_code(code, version) for code, version in self._codes]
         model.subgraphs, model.buffers, model.signatureDefs = [graph], self._buffers, [signature]
+        if self.half:
+            model.metadata = [self._half()]
         builder = flatbuffers.Builder(1 << 20)
         builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
         return bytes(builder.Output())
+
+    def _half(self) -> Any:
+        """The mark by which XNNPACK computes in float16 where the processor does (reduced_precision_metadata.h)."""
+        buffer, made = _AlignedBuffer(), schema.MetadataT()
+        buffer.data = np.frombuffer(b"fp16accfp16", np.uint8)
+        self._buffers.append(buffer)
+        made.name, made.buffer = "reduced_precision_support", len(self._buffers) - 1
+        return made
 
     def _sweep(self, roots: set[int]) -> dict[int, int]:
         """Drop operators that nothing reads, and what only they used. Returns old tensor indices -> new ones."""
@@ -174,6 +197,13 @@ class FlatModel:
             made.outputs = [moved[i] for i in made.outputs]
         self._buffers, self._codes = buffers, codes
         return moved
+
+
+def nibbles(values: Array) -> NDArray[np.uint8]:
+    """Integers in -8..7 as two's complement in 4 bits, two a byte: the first low, the second high; the last padded."""
+    flat = values.reshape(-1).astype(np.int8).view(np.uint8) & 15
+    flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+    return np.bitwise_or(flat[::2], np.left_shift(flat[1::2], 4)).astype(np.uint8)
 
 
 def _quantization(scale: Array, zero_point: Array, axis: int) -> Any:

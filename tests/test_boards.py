@@ -145,7 +145,13 @@ def facts_table() -> str:
 
 
 VANISH = ("Cast", "Constant", "Dropout", "Identity")
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+INT4 = {
+    "Conv": "with `--weights int4`, if not depthwise",
+    "ConvTranspose": "read, stored as int8",
+    "Gemm": "yes, of an even number of inputs",
+    "MatMul": "yes, of an even number of inputs",
+}
+"""Proven in test_int4.py."""
 MORE = {
     "reduce max": one("ReduceMax", (1, 8, 12, 12), (i64(2, 3),), keepdims=1),
     "unsqueeze": one("Unsqueeze", (1, 8), (i64(2, 3),)),
@@ -177,7 +183,7 @@ def support() -> dict[str, tuple[str, str, str]]:
         else:
             integer = [i for _, i in tried[op]]
             word = "yes" if all(integer) else "by a constant" if any(integer) else "no"
-            found[op] = ("yes", word, "read, stored as int8" if op in WEIGHTED else "-")
+            found[op] = ("yes", word, INT4.get(op, "-"))
     return found
 
 
@@ -208,33 +214,3 @@ def test_what_is_folded_writes_nothing(op: str) -> None:
     from test_tflite import operators
 
     assert sum(operators(tflite.convert(model)).values()) == 2
-
-
-def test_int4_weights_are_read_and_stored_as_int8() -> None:
-    """A convolution on grids of its own, its weights INT4 in ONNX."""
-    draw = np.random.default_rng(0).integers(-7, 8, (8, 3, 3, 3))
-    held = [
-        helper.make_tensor("w_q", TensorProto.INT4, draw.shape, draw.reshape(-1)),
-        helper.make_tensor("wz", TensorProto.INT4, [8], np.zeros(8, np.int8)),
-        numpy_helper.from_array(np.full(8, 0.1, np.float32), "ws"),
-        numpy_helper.from_array(np.float32(0.05), "s"),
-        numpy_helper.from_array(np.int8(0), "z"),
-    ]
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
-        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
-        helper.make_node("DequantizeLinear", ["w_q", "ws", "wz"], ["wd"], axis=0),
-        helper.make_node("Conv", ["xd", "wd"], ["c"]),
-        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["cq"]),
-        helper.make_node("DequantizeLinear", ["cq", "s", "z"], ["y"]),
-    ]
-    values = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 3, 8, 8]), ("y", [1, 8, 6, 6]))
-    ]
-    made = helper.make_graph(nodes, "g", values[:1], values[1:], held)
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    data = tflite.convert(model)
-    assert floats(data) == []
-    tensors = tflite.runner(data).interpreter.get_tensor_details()
-    (weights,) = (t for t in tensors if tuple(t["shape"]) == (8, 3, 3, 3))
-    assert weights["dtype"] == np.int8

@@ -112,3 +112,14 @@ def test_the_function_says_where_the_file_is(tmp_path: Path) -> None:
     assert convert(net(tmp_path / "net.onnx"), "tflite") == tmp_path / "net.tflite"
     with pytest.raises(UsageError):
         convert(tmp_path / "nothing.onnx", "tflite")
+
+
+def test_smaller_weights(tmp_path: Path) -> None:
+    model = net(tmp_path / "net.onnx")
+    for words in ((), ("--weights", "float16")):
+        assert invoke(model, "--to", "tflite", *words)[0] == 0
+        x = np.random.default_rng(2).standard_normal((2, 3, 8, 8)).astype(np.float32)
+        run = ort.InferenceSession(model)
+        expected = np.concatenate([run.run(None, {"x": x[i : i + 1]})[0] for i in range(2)])
+        np.testing.assert_allclose(tflite.load(tmp_path / "net.tflite", 1)(x), expected, atol=5e-3)
+    assert invoke(model, "--to", "tflite", "--weights", "int2")[0] == 2

@@ -53,6 +53,7 @@ def _tflite(model: Any, tfl: Any) -> Reading:
     def shape(i: int) -> list[int]:
         return [max(int(d), 1) for d in graph.tensors[i].shape] if graph.tensors[i].shape is not None else []
 
+    halves = {o[0] for code, i, o, _ in ops if code == "DEQUANTIZE" and kind(i[0]) == "float16"}
     layers = []
     for index, (code, inputs, outputs, _) in enumerate(ops):
         if code not in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL"):
@@ -69,7 +70,7 @@ def _tflite(model: Any, tfl: Any) -> Reading:
             channels, macs = (x[-1], out[-1]), size * math.prod(w[1:])
         else:
             channels, macs = (w[-1], out[-1]), size * w[-1]
-        asked, why = _tflite_asked(kind(source), kind(inputs[1]))
+        asked, why = _tflite_asked(kind(source), "float16" if inputs[1] in halves else kind(inputs[1]))
         written = graph.tensors[outputs[0]].name
         name = written.decode() if isinstance(written, bytes) else str(written)
         layers.append(
@@ -99,6 +100,8 @@ def _tflite_asked(x: str, w: str) -> tuple[str, tuple[str, ...]]:
         return "int16", ()
     if x == "float32" and w in ("int8", "int4", "uint8"):
         return "int8 dynamic", ()
+    if (x, w) == ("float32", "float16"):  # XNNPACK computes in float16 where the processor does
+        return "float16 weights, float32", ("its input and its weight are float",)
     if w in ("float32", "float16"):
         return x, ("its weight is float",) if x != "float32" else ("its input and its weight are float",)
     return x, (f"its input is {x} and its weight {w}",)

@@ -392,11 +392,12 @@ def audit(
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--to", "kind", type=click.Choice(["tflite"]), required=True, help="Format to write.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [MODEL with the new suffix]")
-def convert(model: Path, kind: str, output: Path | None) -> None:
+@click.option("--weights", type=click.Choice(["float16", "int4"]), help="Smaller: of float layers; of convolutions.")
+def convert(model: Path, kind: str, output: Path | None, weights: Any) -> None:
     """Convert an ONNX model: float, or quantised (Q/DQ) by xedge or another tool."""
     from xedge.convert import convert as run
 
-    click.echo(run(model, kind, output))
+    click.echo(run(model, kind, output, weights))
 
 
 @main.command()

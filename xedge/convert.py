@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from xedge.errors import UsageError
 from xedge.run import writing
 
 
-def convert(model: Path, kind: str, output: Path | None = None) -> Path:
+def convert(
+    model: Path, kind: str, output: Path | None = None, weights: Literal["float16", "int4"] | None = None
+) -> Path:
     """Write `model` as `kind`; the file appears whole or not at all.
 
     Args:
         model: ONNX, float or quantised in Q/DQ form, by whatever tool.
         kind: the target that compiles it: "tflite".
         output: file to write; by default beside the model, with the format's suffix.
+        weights: "float16": those of float layers in half the bytes. "int4": also convolutions' in 4 bits where they
+            fit, in fewer bytes and on slower kernels.
 
     Returns:
         The file.
@@ -35,6 +40,6 @@ def convert(model: Path, kind: str, output: Path | None = None) -> Path:
         output.parent.mkdir(parents=True, exist_ok=True)
         # Beside the result, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            made: Path = target.compile(model, Path(folder), "model")
+            made: Path = target.compile(model, Path(folder), "model", weights=weights)
             made.replace(output)
     return output
