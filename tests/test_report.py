@@ -77,7 +77,7 @@ def report(depth: int = 5, targets: tuple[str, ...] = ("jetson", "android"), **c
         xedge="0.1.0", created="2025-11-22T10:31:19+00:00", request={"seed": 0, "bits": 4.5}, model="lenet5",
         data="digits", teacher="labels", environment={"python": "3.11", "cpu": {"cores": 2}}, rows=tuple(rows),
         layers=table, iterations=rounds, stopped_by="the MAC budget", price_of_alignment="3 % more MACs",
-        certificate={"ok": True, "max_error": 1e-13},
+        certificate={"ok": True, "max_error": 1e-13, "moved": 0.2, "limit": 1e-9, "channels": 8, "reason": ""},
         artifacts=(Artifact("targets/a/model.onnx", "onnx", "jetson", "ab" * 32, 26_110, {"x": (1, 1, 8, 8)}, {}),),
         notes=("trained first",), planned_bits_mean=4.5, commands=(("repeat", "xedge compress --seed 0"),),
         subspaces=(Subspace("conv1", 64, 0.9, (0.6, 0.88, 0.93, 0.995)), Subspace("conv2", 32, 0.95, (0.91, 1.0))),

@@ -385,7 +385,7 @@ def sections(report: Report) -> list[tuple[str, list[str]]]:
     if report.price_of_alignment:
         run.append(f"price of the hardware's channel multiples: {report.price_of_alignment}")
     if report.certificate:
-        run.append("certificate (masked model against cut model): " + ", ".join(flat(report.certificate)))
+        run.append(f"masked model against cut model: {_certificate(report.certificate)}")
     frozen = [f"{layer.name}: {layer.frozen}" for layer in report.layers if layer.frozen]
     notes = [*report.notes, *(f"{layer.name}: {layer.note}" for layer in report.layers if layer.note)]
     files = [f"{a.target}: {a.path} ({a.kind}, {size(a.bytes)}, sha256 {a.sha256[:12]})" for a in report.artifacts]
@@ -398,6 +398,14 @@ def sections(report: Report) -> list[tuple[str, list[str]]]:
         ("Commands", commands),
     )
     return [(name, lines) for name, lines in named if lines]
+
+
+def _certificate(facts: Mapping[str, Any]) -> str:
+    """What the proof of the last cut said."""
+    if not facts["ok"]:
+        return f"not proven: {facts['reason']}"
+    apart = "equal to the last bit" if facts["max_error"] == 0 else f"at most {facts['max_error']:.0e} apart in float64"
+    return f"{apart} (limit {facts['limit']:.0e}); the {facts['channels']} channels of the last cut moved the output"
 
 
 def flat(data: Mapping[str, Any]) -> list[str]:
