@@ -21,10 +21,11 @@ from torch import nn
 
 from xedge import __version__
 from xedge.choose import RANKED
-from xedge.data import batches, fitting
+from xedge.data import at_once, batches, enough
 from xedge.dca import explained
 from xedge.groups import Groups
 from xedge.iterate import Result, information
+from xedge.judge import Judge
 from xedge.measurement import Comparison, from_json
 from xedge.metrics import entropy_bits, macs, parameters, sizes
 from xedge.observe import Observed, observe
@@ -53,7 +54,7 @@ def assemble(
     originals: dict[str, Path],
 ) -> Report:
     """The report of a finished run."""
-    data, request = loaded.data, loaded.request
+    data, request, judge = loaded.data, loaded.request, Judge.of(loaded.data)
     shape = data.shape
     before, after = macs(original, shape), macs(result.model, shape)
     latencies = {} if timed is None else {t: from_json(v) for t, v in read_json(timed).items()}
@@ -73,7 +74,8 @@ def assemble(
                     name="compressed" if compressed else "original",
                     target=target.name,
                     top1=facts.get("top1"),
-                    agreement=facts["agreement"] if compressed else None,
+                    agreement=facts.get("agreement") if compressed else None,
+                    psnr=facts.get("psnr"),
                     macs=count,
                     parameters=params,
                     bytes=size["raw"],
@@ -103,8 +105,9 @@ def assemble(
     if loaded.trained_here:
         notes.append(f"{request.model} had no --weights and was trained by xedge on {data.name}")
     notes.append(
-        f"accuracy on {verified['images']} validation images, read for this report alone; float after pruning: "
-        + _percent(verified["float"], data.classes is not None)
+        f"{'PSNR of Y' if judge.restores else 'accuracy'} on {verified['images']} validation "
+        f"{'tiles taken as one picture' if judge.restores else 'images'}, read for this report alone; "
+        f"float after pruning: " + _quality(verified["float"])
     )
     prices = [r["price"] for r in result.records if r.get("price")]
     price = None
@@ -115,7 +118,7 @@ def assemble(
             f"importance; free widths would give up {last['free']:.2%}"
         )
     certificates = [r["certificate"] for r in result.records if r.get("certificate")]
-    images = batches(data.train, fitting(shape), shuffle_seed=request.seed, limit=RANKED)
+    images = batches(data.train, at_once(data.train), shuffle_seed=request.seed, limit=enough(data.train, RANKED))
     seen = observe(original, result.groups, images, loaded.teacher, gradients=False)
     put_back = [row for r in result.records for row in r["put_back"]]
     notes += [f"{g.name}, the stem, keeps at least {STEM_KEEP:.0%}: --prune-stem" for g in result.groups.free if g.stem]
@@ -135,7 +138,8 @@ def assemble(
                 index=r["index"],
                 macs=r["macs"],
                 macs_fraction=r["macs"] / before.total,
-                select_top1=r["quality"] if data.classes is not None else None,
+                select_top1=r["quality"] if judge.kind == "top-1" else None,
+                select_psnr=r["quality"] if judge.restores else None,
                 select_agreement=r["agreement"],
                 di_total=sum(v[1] for v in r["di"].values()) if r["di"] else None,
                 seconds=r["seconds"],
@@ -154,8 +158,10 @@ def assemble(
     )
 
 
-def _percent(row: dict[str, Any], labelled: bool) -> str:
-    return f"{row['top1']:.2%} top-1" if labelled else f"{row['agreement']:.2%} agreement with the original"
+def _quality(row: dict[str, Any]) -> str:
+    if "psnr" in row:
+        return f"{row['psnr']:.2f} dB"
+    return f"{row['top1']:.2%} top-1" if "top1" in row else f"{row['agreement']:.2%} agreement with the original"
 
 
 def latency_of(comparison: Any, compressed: bool) -> Latency | None:
@@ -343,8 +349,9 @@ def _command(loaded: Loaded) -> str:
     words = ["xedge", "compress", "-m", r.model, "-d", r.data]
     for t in r.targets:
         words += ["--target", t]
+    said = {"lr": loaded.lr, "batch": loaded.batch}
     for field in fields(Request):
-        value, flag = getattr(r, field.name), f"--{field.name.replace('_', '-')}"
+        value, flag = said.get(field.name, getattr(r, field.name)), f"--{field.name.replace('_', '-')}"
         if field.name in ("model", "data", "targets") or value is None:
             continue
         if isinstance(value, bool):

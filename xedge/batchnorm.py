@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from xedge.data import Images, batches, fitting
+from xedge.data import Images, at_once, batches, enough
 from xedge.groups import Groups
 from xedge.plan import Keep
 from xedge.prune import cut
@@ -83,7 +83,7 @@ def input_statistics(model: nn.Module, images: Images, limit: int = IMAGES) -> S
     model.eval()
     try:
         if handles:
-            for x, _ in batches(images, fitting(images[0][0].shape), limit=limit, shuffle_seed=0):
+            for x, _ in batches(images, at_once(images), limit=enough(images, limit), shuffle_seed=0):
                 model(x)
     finally:
         for h in handles:
@@ -183,6 +183,6 @@ def match_batch_norm(
     if not statistics:
         return
     with matching(small, before, groups, keep, statistics):
-        for x, _ in batches(images, fitting(images[0][0].shape), limit=limit, shuffle_seed=0):
+        for x, _ in batches(images, at_once(images), limit=enough(images, limit), shuffle_seed=0):
             if len(x) > 1:  # one image has no spread between images
                 small(x)

@@ -19,10 +19,10 @@ from onnx import ModelProto
 from torch import nn
 
 from xedge.codebook import quantize_by_codebook
-from xedge.data import batches, fitting
+from xedge.data import at_once, batches, enough
 from xedge.errors import AccuracyMissed, UsageError
 from xedge.export import write_flavour
-from xedge.metrics import agreement, topk
+from xedge.judge import Judge
 from xedge.pack import pack
 from xedge.quantize import ScaleTable, quantize
 from xedge.ranges import calibrate
@@ -94,19 +94,20 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
             )
         bits, table = found
         grid = grid[: grid.index(bits) + 1]
-    if request.bits_drop is not None:
-        base, labels = predict(model, loaded.data.select)
-        drop = request.bits_drop
+    if loaded.bits_drop is not None:
+        judge, drop = Judge.of(loaded.data), loaded.bits_drop
+        base, labels = predict(model, loaded.data.select, limit=judge.held(len(loaded.data.select)))
 
         def good(table: ScaleTable) -> bool:
             lost = max(_lost(table, proto, t, loaded, base, labels) for t in loaded.targets)
-            talk.say(f"  {table.mean_bits():.3f} mean bits: {lost:.2%} lost on held-back training data")
+            talk.say(f"  {table.mean_bits():.3f} mean bits: {judge.say(lost)} lost on held-back training data")
             return lost <= drop
 
         found = _last(grid[::-1], at, good)
         if found is None:
             raise AccuracyMissed(
-                f"{grid[-1]:g} mean bits already lose more than --bits-drop {drop:.2%} on held-back training data",
+                f"{grid[-1]:g} mean bits already lose more than --bits-drop {judge.say(drop)} on held-back "
+                "training data",
                 fix="allow a larger drop, or ask xedge diagnose which layer is to blame",
             )
         return found[1]
@@ -134,8 +135,9 @@ def _last(
 
 def samples(loaded: Loaded) -> Iterator[Sample]:
     """Training images one by one, [1, C, H, W], with their labels: all that calibration ever sees."""
-    for x, y in batches(loaded.data.train, 1, shuffle_seed=loaded.request.seed, limit=CALIBRATED):
-        yield x.numpy(), int(y[0])
+    data = loaded.data
+    for x, y in batches(data.train, 1, shuffle_seed=loaded.request.seed, limit=enough(data.train, CALIBRATED)):
+        yield x.numpy(), y[0] if data.restores else int(y[0])
 
 
 def _trial(table: ScaleTable, proto: ModelProto, target: Target, folder: Path) -> Path:
@@ -154,10 +156,12 @@ def _packed(table: ScaleTable, proto: ModelProto, target: Target) -> int:
 def _lost(
     table: ScaleTable, proto: ModelProto, target: Target, loaded: Loaded, base: torch.Tensor, labels: torch.Tensor
 ) -> float:
-    """Fall of top-1, without labels of agreement, that the artefact has against the float model on `select`."""
+    """Fall of quality that the artefact has against the float model on `select`."""
     data = loaded.data
     with tempfile.TemporaryDirectory() as folder:
         run = target.load(_trial(table, proto, target, Path(folder)), torch.get_num_threads())
-        parts = [run(x.numpy()) for x, _ in batches(data.select, fitting(data.shape))]
+        rows = batches(data.select, at_once(data.select), limit=len(base))
+        parts = [run(x.numpy()) for x, _ in rows]
     got = torch.from_numpy(np.concatenate([p.reshape(len(p), -1) for p in parts]))
-    return topk(base, labels) - topk(got, labels) if data.classes is not None else 1 - agreement(base, got)
+    judge = Judge.of(data)
+    return judge.quality(base, labels, base) - judge.quality(got, labels, base)

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from xedge import load
 from xedge.batchnorm import input_statistics
 from xedge.criteria import Criterion, greedy, taylor
-from xedge.data import Data, batches, fitting, spread
+from xedge.data import Data, at_once, batches, enough, spread
 from xedge.energy import energy_path
 from xedge.errors import UsageError
 from xedge.groups import Groups
-from xedge.metrics import agreement, macs, topk
+from xedge.judge import Judge
+from xedge.metrics import macs
 from xedge.observe import Observed, observe
 from xedge.plan import Budget, Costs, Keep, allocate, reachable
 from xedge.refit import cut_and_fold, head
@@ -125,24 +125,22 @@ def choose(
         "di": score_all(greedy.score, now, observed) if "di" in hows else None,
         "taylor": score_all(taylor.score, now, observed) if "taylor" in hows else None,
     }
-    labelled = data.classes is not None
+    judge = Judge.of(data)
     statistics = input_statistics(model, data.train)
-    count = min(CHOSEN, len(data.select))
+    count = judge.held(min(enough(data.train, CHOSEN), len(data.select)))
 
     def felt(keep: Keep, *, sequential: bool = False) -> tuple[float, float]:
         """Loss and quality on held-back data once the cut is folded, before any training."""
         folds = observed if settings.fold else None
         small = cut_and_fold(model, now, keep, data.train, statistics, folds, sequential=sequential)
         logits, y = predict(small, data.select, limit=count)
-        reference = base_logits[spread(len(data.select), count)]
-        return dislike(logits, y, reference, labelled), quality(logits, y, reference, labelled)
+        reference = base_logits[spread(len(base_logits), count)]
+        return judge.dislike(logits, y, reference), judge.quality(logits, y, reference)
 
     if settings.stop == "energy":
         _, y = predict(model, data.select, limit=count)
-        reference = base_logits[spread(len(data.select), count)]
-        return _by_energy(
-            now, costs, settings, scores, observed, sizes, felt, quality(reference, y, reference, labelled)
-        )
+        reference = base_logits[spread(len(base_logits), count)]
+        return _by_energy(now, costs, settings, scores, observed, sizes, felt, judge.quality(reference, y, reference))
 
     def by(how: str, align: int) -> Keep:
         return allocate(scores, costs, target - outside, originals=sizes, align=align, between=ranks.get(how))
@@ -158,7 +156,7 @@ def choose(
     chosen = min(tried, key=lambda h: (tried[h][0] if math.isfinite(tried[h][0]) else math.inf, h))
     free = by(chosen, 1) if settings.align > 1 else None
     losses = {h: t[0] for h, t in tried.items()}
-    if settings.fold and head(data.shape):
+    if settings.fold and head(data.train):
         losses["sequential"] = felt(tried[chosen][1], sequential=True)[0]
     sequential = losses.get("sequential", math.inf) < losses[chosen]
     return Choice(tried[chosen][1], chosen, losses, scores, observed, free, sequential)
@@ -236,20 +234,6 @@ def costs_of(model: nn.Module, shape: tuple[int, ...], groups: Groups) -> Costs:
 def observe_training(
     model: nn.Module, groups: Groups, data: Data, teacher: Teacher, settings: Settings, *, gradients: bool
 ) -> Observed:
-    size = fitting(data.shape, gradients=gradients)
-    images = batches(data.train, size, shuffle_seed=settings.seed, limit=RANKED)
-    return observe(model, groups, images, teacher, gradients=gradients, felt=FELT, seed=settings.seed)
-
-
-def dislike(logits: Tensor, labels: Tensor, original: Tensor, labelled: bool) -> float:
-    """What allocations are compared by: cross-entropy with the labels, or KL from the original's answers."""
-    log_p = torch.log_softmax(logits.float(), 1)
-    if labelled:
-        return float(nn.functional.nll_loss(log_p, labels))
-    taught = torch.log_softmax(original.float(), 1)
-    return float(nn.functional.kl_div(log_p, taught, reduction="batchmean", log_target=True))
-
-
-def quality(logits: Tensor, labels: Tensor, original: Tensor, labelled: bool) -> float:
-    """Top-1 accuracy, or agreement with the original where there are no labels."""
-    return topk(logits, labels) if labelled else agreement(logits, original)
+    size, felt = at_once(data.train, gradients=gradients), enough(data.train, FELT)
+    images = batches(data.train, size, shuffle_seed=settings.seed, limit=enough(data.train, RANKED))
+    return observe(model, groups, images, teacher, gradients=gradients, felt=felt, seed=settings.seed)

@@ -65,6 +65,25 @@ class Percent(click.ParamType[float]):
 FRACTION = Percent()
 
 
+class QualityDrop(Percent):
+    """A fraction, 0.005 or 0.5%, or decibels, 0.2dB."""
+
+    name = "drop"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse; decibels stay text."""
+        text = str(value).strip()
+        if not text.endswith("dB"):
+            return super().convert(value, param, ctx)
+        try:
+            return f"{float(text[:-2]):g}dB"
+        except ValueError:
+            self.fail(f"{value!r} is no drop such as 0.2dB", param, ctx)
+
+
+DROP = QualityDrop()
+
+
 class Duration(click.ParamType[float]):
     """Milliseconds: 30ms, 0.03s, 800us or a bare 30."""
 
@@ -125,12 +144,14 @@ def main() -> None:
 @click.option("--data-root", type=click.Path(), help="Folder of the data set's files.")
 @click.option("--target", "targets", multiple=True, help="Repeat for several artefacts of one run.  [jetson]")
 @click.option("--macs", type=FRACTION, help="Fraction of the MACs to keep.  [0.5 where no budget is given]")
-@click.option("--max-drop", type=FRACTION, help="Largest fall of accuracy, 0.5% or 0.005.  [1% likewise]")
+@click.option(
+    "--max-drop", type=DROP, help="Largest fall of accuracy, 0.5%, or of PSNR, 0.2dB.  [1% or 0.2dB likewise]"
+)
 @click.option("--criterion", help="One of `xedge list criteria`, or path/file.py:function.  [fback]")
-@click.option("--teacher", help="labels, logits, coarse, coarse:FILE or class:NAME.  [labels where there are any]")
+@click.option("--teacher", help="labels, logits, coarse, coarse:FILE, class:NAME or images.  [what the data know]")
 @click.option("--bits", type=float, help="Mean bits a weight, 2 to 8; at most, beside the next two.  [8]")
 @click.option("--bytes", type=SIZE, help="Largest packed artefact: 300kB, 1.5MB.")
-@click.option("--bits-drop", type=FRACTION, help="Fewest bits that cost at most so much accuracy: 0.5% or 0.005.")
+@click.option("--bits-drop", type=DROP, help="Fewest bits that cost at most so much quality: 0.5% or 0.2dB.")
 @click.option("--sensitivity", help="Which channels get more bits: output, di, kfac, uniform, mse.  [output]")
 @click.option("--ranges", help="Ranges of the activations: mse, percentile, minmax.  [mse]")
 @click.option("--feedback/--no-feedback", default=None, help="Feed rounding errors forward.  [yes]")
@@ -145,8 +166,8 @@ def main() -> None:
 @click.option("--epochs", type=int, help="Epochs of training after each cut.  [3]")
 @click.option("--iterations", type=int, help="Cuts on the way to the MACs budget.  [4]")
 @click.option("--base-epochs", type=click.IntRange(1), help="Epochs for a built-in model without weights.")
-@click.option("--lr", type=float, help="Highest learning rate.  [0.02]")
-@click.option("--batch", type=int, help="Images a training step.  [128]")
+@click.option("--lr", type=float, help="Highest learning rate.  [0.02; for pictures 0.0005]")
+@click.option("--batch", type=int, help="Images a training step.  [128; of pictures 16]")
 @click.option("--seed", type=click.IntRange(0), help="Of everything drawn at random.  [0]")
 @click.option("--exclude", metavar="REGEX", help="Layers whose channels stay.")
 @click.option("--prune-stem", is_flag=True, default=None, help="Cut the layer that reads the image like any other.")
@@ -241,9 +262,11 @@ def _print_report(report: Report, folder: Path) -> None:
 def _judge(request: Request, report: Report, folder: Path) -> None:
     """Exit code 4 when the floor was broken, or stopped the run before its MACs budget."""
     from xedge.errors import AccuracyMissed
+    from xedge.judge import fall
     from xedge.run import read_json
 
-    budget = request.budget()
+    verified = read_json(folder / "verify.json")
+    budget = request.budget(restores="psnr" in verified["original"])
     if report.stopped_by.startswith("floor") and budget.macs is not None:
         raise AccuracyMissed(
             f"the accuracy floor stopped the run before --macs {budget.macs:g}: {report.stopped_by}",
@@ -251,25 +274,18 @@ def _judge(request: Request, report: Report, folder: Path) -> None:
         )
     if budget.max_drop is None:
         return
-    verified = read_json(folder / "verify.json")
-    for name, row in verified["targets"].items():
-        n = verified["images"]
-        if "top1" in row:
-            drop = verified["original"]["top1"] - row["top1"]
-            noise = 1.96 * (row["lost"] + row["won"]) ** 0.5 / n
-        else:
-            drop = 1 - row["agreement"]
-            noise = 1.96 * (row["agreement"] * drop / n) ** 0.5
-        if drop - noise > budget.max_drop:
+    for name in verified["targets"]:
+        fell = fall(verified, name)
+        if fell.drop - fell.noise > budget.max_drop:
             raise AccuracyMissed(
-                f"fell by {drop:.2%} on validation data, more than --max-drop {budget.max_drop:.2%}",
+                f"fell by {fell.say(fell.drop)} on validation data, more than --max-drop {fell.say(budget.max_drop)}",
                 where=name,
                 fix="give more --bits, or keep more MACs",
             )
-        if drop > budget.max_drop:
+        if fell.drop > budget.max_drop:
             click.echo(
-                f"xedge: {name}: fell by {drop:.2%} on validation data; with {n} images that cannot be told from "
-                f"--max-drop {budget.max_drop:.2%}",
+                f"xedge: {name}: fell by {fell.say(fell.drop)} on validation data; with {verified['images']} images "
+                f"that cannot be told from --max-drop {fell.say(budget.max_drop)}",
                 err=True,
             )
 
@@ -322,12 +338,17 @@ def devices(devices: tuple[str, ...], as_json: bool) -> None:
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--latency", type=DURATION, help="Largest median latency, 30ms.")
-@click.option("--max-drop", type=FRACTION, help="Largest fall of accuracy, 1% or 0.01.")
+@click.option("--max-drop", type=DROP, help="Largest fall of accuracy, 1% or 0.01, or of PSNR, 0.2dB.")
 @click.option("--device", help="Whose measurements count, by name.  [every device but this host]")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the verdicts as JUnit XML.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gate(
-    run: Path, latency: float | None, max_drop: float | None, device: str | None, junit: Path | None, as_json: bool
+    run: Path,
+    latency: float | None,
+    max_drop: float | str | None,
+    device: str | None,
+    junit: Path | None,
+    as_json: bool,
 ) -> None:
     """Hold a run to its budgets, by what xedge bench measured: pass, fail, inconclusive or invalid, as an exit code."""
     from dataclasses import asdict

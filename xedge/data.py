@@ -36,6 +36,8 @@ Batch = tuple[Tensor, Tensor]
 pictures float32 [N, C', scale * H, scale * W]."""
 
 UNLABELLED = -1
+DENSE = 4
+"""So many fewer pictures are looked at, and fit into memory, than images of classes."""
 
 
 class Images(Protocol):
@@ -279,6 +281,27 @@ def fitting(shape: Sequence[int], most: int = 128, *, gradients: bool = False) -
     """
     pixels = 224 * 224 * (6 if gradients else 16)
     return max(1, min(most, pixels // max(1, shape[-1] * shape[-2])))
+
+
+def pictured(images: Images) -> bool:
+    """Whether an item is (input, truth), two pictures."""
+    truth = images[0][1]
+    return isinstance(truth, Tensor) and truth.dim() == 3
+
+
+def at_once(images: Images, *, gradients: bool = False) -> int:
+    """`fitting` for a set: nets that give pictures have wide maps of the output's size to the end."""
+    x, y = images[0]
+    return (
+        max(1, fitting(y.shape, gradients=gradients) // DENSE)
+        if pictured(images)
+        else fitting(x.shape, gradients=gradients)
+    )
+
+
+def enough(images: Images, count: int) -> int:
+    """As many pictures of a set as say what so many images of classes do: every pixel of theirs is an answer."""
+    return max(1, count // DENSE) if pictured(images) else count
 
 
 class _Whole(Dataset[Batch]):

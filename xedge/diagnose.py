@@ -21,9 +21,10 @@ from onnx import ModelProto
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xedge.data import batches, fitting
+from xedge.data import at_once, batches, enough
 from xedge.errors import UsageError
-from xedge.metrics import agreement, kl, snr_db, topk
+from xedge.judge import Judge, Kind
+from xedge.metrics import agreement, snr_db
 from xedge.onnx_graph import Graph, session
 from xedge.pipeline import rebuild
 from xedge.progress import Talk
@@ -39,8 +40,6 @@ IMAGES = 512
 """Held-back training images that every stage is run on, at most."""
 TRIED = 48
 """Of them, those on which layers are tried one at a time."""
-SMALL = 0.005
-"""A loss below this, or below what chance explains, is none."""
 NAMED = 3
 GUILTY = 0.1
 """Of the costliest layer's cost: who costs less is not named."""
@@ -53,29 +52,27 @@ class Stage:
 
     Attributes:
         name: of STAGES.
-        quality: top-1, or agreement with the original where there are no labels.
+        quality: top-1, agreement with the original where there are no labels, or PSNR in dB.
         lost: quality of the stage before, minus its own.
         noise: what chance explains of it, 95 %.
-        same: share of images with the same top-1 as in the stage before.
+        same: share of images with the same top-1 as in the stage before; None of pictures.
         snr_db: of its logits against those of the stage before; None where they are equal.
+        matters: whether it loses more than chance.
     """
 
     name: str
     quality: float
     lost: float
     noise: float
-    same: float
+    same: float | None
     snr_db: float | None
-
-    @property
-    def matters(self) -> bool:
-        """Whether it loses more than chance."""
-        return self.lost > max(self.noise, SMALL)
+    matters: bool
 
 
 @dataclass(frozen=True)
 class Blamed:
-    """A layer, and what it costs alone: KL of the logits in nats, or the part of its information that pruning took."""
+    """A layer, and what it costs alone: KL of the logits in nats (of pictures noise over energy), or the part of its
+    information that pruning took."""
 
     layer: str
     cost: float
@@ -86,14 +83,14 @@ class Diagnosis:
     """A target's artefact, followed from the original.
 
     Attributes:
-        target: its name. labelled: whether quality is top-1. images: how many.
+        target: its name. kind: what quality is. images: how many.
         stages: in order. first: the first that loses more than chance, or None. worst: the one that loses most.
         blamed: layers of `first`, else of `worst`, the costliest first.
         fix: what to try.
     """
 
     target: str
-    labelled: bool
+    kind: Kind
     images: int
     stages: tuple[Stage, ...]
     first: str | None
@@ -134,9 +131,11 @@ class _Patient:
         self.floats = onnx.load(folder / "float.onnx")
         self.table = ScaleTable.load(folder / "scales.safetensors")
         self.judge = Quantized(self.small, self.floats, self.table, target.flavour, self.data.shape)
-        count = min(IMAGES, len(self.data.select))
-        self.images = [x for x, _ in batches(self.data.select, fitting(self.data.shape), limit=count)]
-        self.count = count
+        self.quality = Judge.of(self.data)
+        select = self.data.select
+        count = self.quality.held(min(enough(select, IMAGES), len(select)))
+        self.images = [x for x, _ in batches(select, at_once(select), limit=count)]
+        self.count, self.tried = count, enough(select, TRIED)
 
     def examine(self) -> Diagnosis:
         original = self.loaded.factory()
@@ -164,7 +163,7 @@ class _Patient:
         blamed = self._blame((first or worst).name)
         return Diagnosis(
             target=self.target.name,
-            labelled=self.data.classes is not None,
+            kind=self.quality.kind,
             images=self.count,
             stages=tuple(stages),
             first=first.name if first else None,
@@ -174,17 +173,16 @@ class _Patient:
         )
 
     def _stage(self, name: str, before: Tensor, after: Tensor, base: Tensor, labels: Tensor) -> Stage:
-        want = labels if self.data.classes is not None else base.argmax(1)
-        right, was = after.argmax(1) == want, before.argmax(1) == want
-        changed = int((right != was).sum())
+        good, lost, noise = self.quality.change(before, after, labels, base)
         snr = snr_db(before, after)
         return Stage(
             name=name,
-            quality=topk(after, want),
-            lost=topk(before, want) - topk(after, want),
-            noise=1.96 * changed**0.5 / len(want),
-            same=agreement(before, after),
+            quality=good,
+            lost=lost,
+            noise=noise,
+            same=None if self.quality.restores else agreement(before, after),
             snr_db=snr if np.isfinite(snr) else None,
+            matters=lost > max(noise, self.quality.small),
         )
 
     def _onnx(self, proto: ModelProto, *, exact: bool = False, limit: int | None = None) -> Tensor:
@@ -194,7 +192,7 @@ class _Patient:
 
     @torch.no_grad()
     def _judge(self, limit: int | None = None) -> Tensor:
-        size = 1 if self.judge.single else fitting(self.data.shape)
+        size = 1 if self.judge.single else at_once(self.data.select)
         return torch.cat([self.judge(x).flatten(1) for x in torch.split(torch.cat(self.images)[:limit], size)])
 
     # -- blame -------------------------------------------------------------------------------------------------------
@@ -214,9 +212,12 @@ class _Patient:
         return [Blamed(n, c) for n, c in sorted(costs.items(), key=lambda row: -row[1]) if c > least]
 
     def _each_weight(self) -> dict[str, float]:
-        base = self._onnx(self.floats, limit=TRIED)
+        base = self._onnx(self.floats, limit=self.tried)
         walk = self.talk.bar(self.table.weights.items(), "layers, one at a time", len(self.table.weights))
-        return {w.layer: _cost(base, self._onnx(dequantised(self.floats, {name: w}), limit=TRIED)) for name, w in walk}
+        return {
+            w.layer: self.quality.divergence(base, self._onnx(dequantised(self.floats, {name: w}), limit=self.tried))
+            for name, w in walk
+        }
 
     def _each_tensor(self) -> dict[str, float]:
         """By the layer that writes the tensor; what no layer writes is named by its operator."""
@@ -224,12 +225,12 @@ class _Patient:
         layers = {graph.written(n): n.input[1].removesuffix(".weight") for n in graph.weighted()}
         every = self.judge.rounding
         self.judge.rounding = {}
-        base = self._judge(TRIED)
+        base = self._judge(self.tried)
         costs: dict[str, float] = {}
         nodes = self.judge.rounding_nodes
         for tensor, node in self.talk.bar(nodes.items(), "tensors, one at a time", len(nodes)):
             self.judge.rounding = {node: every[node]}
-            costs[layers.get(tensor, tensor)] = _cost(base, self._judge(TRIED))
+            costs[layers.get(tensor, tensor)] = self.quality.divergence(base, self._judge(self.tried))
         self.judge.rounding = every
         return costs
 
@@ -251,25 +252,23 @@ class _Patient:
         return "report this model: an export that changes answers is a fault of xedge's"
 
 
-def _cost(base: Tensor, got: Tensor) -> float:
-    """KL in nats; of single outputs their noise over their energy."""
-    return kl(base, got) if base.shape[1] > 1 else float(10 ** (-snr_db(base, got) / 10))
-
-
 def to_text(d: Diagnosis) -> str:
     """A table, the finding, and the flag."""
-    what = "top-1" if d.labelled else "agreement"
+    say = Judge(d.kind).say
     lines = [f"{d.target}: {d.images} held-back training images", ""]
-    lines += [f"{'stage':24} {what:>9} {'lost':>8} {'by chance':>10} {'same':>8} {'SNR, dB':>8}"]
+    lines += [f"{'stage':24} {d.kind:>9} {'lost':>8} {'by chance':>10} {'same':>8} {'SNR, dB':>8}"]
     for s in d.stages:
         snr = "-" if s.snr_db is None else f"{s.snr_db:.1f}"
-        lines.append(f"{s.name:24} {s.quality:9.2%} {s.lost:+8.2%} {s.noise:10.2%} {s.same:8.2%} {snr:>8}")
+        same = "-" if s.same is None else f"{s.same:.2%}"
+        lost = f"{'+' if s.lost >= 0 else ''}{say(s.lost)}"
+        lines.append(f"{s.name:24} {say(s.quality):>9} {lost:>8} {say(s.noise):>10} {same:>8} {snr:>8}")
     lines.append("")
     if d.first:
         lines.append(f"first stage that loses more than chance: {d.first}")
     else:
         lines.append(f"no stage loses more than chance; {d.worst} loses most")
-    unit = "of its information lost" if (d.first or d.worst) == "pruned" else "nats, alone"
+    alone = "of noise, alone" if d.kind == "PSNR" else "nats, alone"
+    unit = "of its information lost" if (d.first or d.worst) == "pruned" else alone
     lines += [f"  {b.layer}: {b.cost:.3g} {unit}" for b in d.blamed]
     lines.append(f"try: {d.fix}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import torch
 from xedge import load
 from xedge.choose import HOWS, costs_of, score_all
 from xedge.criteria import greedy, taylor
-from xedge.data import batches, fitting
+from xedge.data import at_once, batches, enough
 from xedge.groups import find_groups
 from xedge.metrics import macs
 from xedge.observe import observe
@@ -33,15 +33,15 @@ def dry_run(request: Request, talk: Talk | None = None) -> dict[str, Any]:
     align = loaded.settings.align
     sizes = {g.name: (g.size, g.size) for g in groups.free}
     least = reachable(costs, sizes, align) + outside
-    budget = request.budget()
+    budget = loaded.settings.budget
     goal = (budget.macs if budget.macs is not None else least / total) * total
     talk.say("ranking channels" if not loaded.trained_here else "untrained: equal shares of every layer")
     ranks: dict[str, Any] = {"uniform": None}
     if loaded.trained_here:
         scores = {g.name: np.ones(g.size) for g in groups.free if g.consumers}
     else:
-        size = fitting(loaded.data.shape, gradients=True)
-        images = batches(loaded.data.train, size, shuffle_seed=request.seed, limit=256)
+        train = loaded.data.train
+        images = batches(train, at_once(train, gradients=True), shuffle_seed=request.seed, limit=enough(train, 256))
         observed = observe(original, groups, images, loaded.teacher, gradients=True, seed=request.seed)
         scores = score_all(load.load_criterion(request.criterion), groups, observed)
         ranks |= {"global": scores, "di": score_all(greedy.score, groups, observed)}

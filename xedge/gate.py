@@ -14,7 +14,8 @@ from typing import Literal
 from xml.etree import ElementTree
 
 from xedge.errors import AccuracyMissed, Inconclusive, LatencyMissed, UsageError, XedgeError
-from xedge.intervals import Decision, drop_interval
+from xedge.intervals import Decision
+from xedge.judge import Drop, amount, fall
 from xedge.measurement import BENCH, Comparison, Measurement, gate, read_measurements, trust
 from xedge.report import read_json as read_report
 from xedge.run import read_json
@@ -33,12 +34,13 @@ class Check:
         return f"{self.verdict:12} {self.target}: {self.budget} {self.words}"
 
 
-def gate_run(folder: Path, latency_ms: float | None, max_drop: float | None, device: str | None) -> list[Check]:
+def gate_run(folder: Path, latency_ms: float | None, max_drop: Drop | None, device: str | None) -> list[Check]:
     """Every artefact of a run against every budget given.
 
     Args:
         latency_ms: for the median at batch 1.
-        max_drop: largest fall of top-1 on validation data, a fraction; without labels, of the agreement.
+        max_drop: largest fall of quality on validation data: of top-1 (without labels, of agreement) a fraction, of
+            PSNR "0.2dB".
         device: whose measurements count, by name; None is every device but this host.
 
     Raises:
@@ -80,18 +82,16 @@ def _latency(folder: Path, digests: dict[str, str], budget_ms: float, device: st
         yield Check("latency", target, gate(m, budget_ms), words)
 
 
-def _accuracy(folder: Path, max_drop: float) -> Iterator[Check]:
+def _accuracy(folder: Path, given: Drop) -> Iterator[Check]:
     verified = read_json(folder / "verify.json")
-    n = verified["images"]
-    for target, row in sorted(verified["targets"].items()):
-        if "top1" in row:
-            lost, won, what = row["lost"], row["won"], "top-1 fell"
-        else:
-            lost, won, what = round((1 - row["agreement"]) * n), 0, "agreement fell"
-        low, high = drop_interval(lost, won, n)
-        verdict: Decision = "fail" if low > max_drop else "pass" if high <= max_drop else "inconclusive"
-        drop = (lost - won) / n
-        words = f"{what} by {drop:.2%} [{low:.2%}, {high:.2%}] on {n} images for at most {max_drop:.2%}"
+    for target in sorted(verified["targets"]):
+        fell = fall(verified, target)
+        max_drop = amount(given, "--max-drop", restores=fell.kind == "PSNR")
+        verdict: Decision = "fail" if fell.low > max_drop else "pass" if fell.high <= max_drop else "inconclusive"
+        words = (
+            f"{fell.kind} fell by {fell.say(fell.drop)} [{fell.say(fell.low)}, {fell.say(fell.high)}] on "
+            f"{verified['images']} images for at most {fell.say(max_drop)}"
+        )
         yield Check("accuracy", target, verdict, words)
 
 

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xedge.batchnorm import input_statistics
-from xedge.choose import Settings, choose, costs_of, observe_training, quality
+from xedge.choose import Settings, choose, costs_of, observe_training
 from xedge.criteria.di import EPS, scale, solve
 from xedge.data import Data
 from xedge.errors import UsageError
 from xedge.groups import Groups
+from xedge.judge import Judge
 from xedge.metrics import agreement, macs
 from xedge.observe import Observed
 from xedge.plan import Keep, loss_of, reachable
@@ -119,15 +120,16 @@ def ps_iteration(
     Raises:
         UsageError: no widths reach the MACs budget.
     """
-    labelled = data.classes is not None
+    judge = Judge.of(data)
     total_macs = macs(original, data.shape).total
-    base_logits, labels = predict(original, data.select)
-    base = quality(base_logits, labels, base_logits, labelled)
+    held = judge.held(len(data.select))
+    base_logits, labels = predict(original, data.select, limit=held)
+    base = judge.quality(base_logits, labels, base_logits)
     floor = None if settings.budget.max_drop is None else base - settings.budget.max_drop
     records: list[dict[str, Any]] = [
         {
-            "index": 0, "macs": total_macs, "quality": base, "agreement": 1.0, "allocation": "", "di": None,
-            "seconds": 0.0, "put_back": [], "certificate": None, "price": None,
+            "index": 0, "macs": total_macs, "quality": base, "agreement": None if judge.restores else 1.0,
+            "allocation": "", "di": None, "seconds": 0.0, "put_back": [], "certificate": None, "price": None,
         }
     ]  # fmt: skip
     total: Keep = {g.name: np.ones(g.size, bool) for g in groups.groups}
@@ -175,21 +177,22 @@ def ps_iteration(
             small = cut_and_fold(model, now, then, data.train, statistics, seen, sequential=sequential)
             recipe = Recipe(
                 epochs=settings.epochs, lr=settings.lr, batch=settings.batch, seed=settings.seed + index,
-                smoothing=settings.smoothing, distill=settings.distill if labelled else 1.0, frozen_norms=not labelled,
+                smoothing=settings.smoothing, distill=settings.distill if judge.taught else 1.0,
+                frozen_norms=not judge.taught,
             )  # fmt: skip
             checkpoint = run.folder / "prune" / f".{index:03d}.checkpoint.safetensors"
             untrained = copy.deepcopy(small)
             fit(small, data, recipe, original=original, checkpoint=checkpoint, talk=talk, what=f"iteration {index}")
-            logits, y = predict(small, data.select)
+            logits, y = predict(small, data.select, limit=held)
             if settings.epochs:
-                first, _ = predict(untrained, data.select)
-                if quality(first, y, base_logits, labelled) > quality(logits, y, base_logits, labelled):
+                first, _ = predict(untrained, data.select, limit=held)
+                if judge.quality(first, y, base_logits) > judge.quality(logits, y, base_logits):
                     talk.say("  training made it worse on held-back data and is undone")
                     small, logits = untrained, first
             meta = {
                 "macs": macs(small, data.shape).total,
-                "quality": quality(logits, y, base_logits, labelled),
-                "agreement": agreement(logits, base_logits),
+                "quality": judge.quality(logits, y, base_logits),
+                "agreement": None if judge.restores else agreement(logits, base_logits),
                 "seconds": time.monotonic() - started,
             }
             tensors = {k: v.detach().clone().contiguous() for k, v in small.state_dict().items()}
@@ -203,15 +206,15 @@ def ps_iteration(
         seconds = meta["seconds"] + record["seconds"]
         records.append({**{k: v for k, v in record.items() if k not in ("keep", "cut")}, **meta, "seconds": seconds})
         current = restore(factory(), groups, total, previous)
-        word = "top-1" if labelled else "agreement"
         talk.say(
-            f"  iteration {index}: {meta['macs'] / total_macs:.1%} of MACs, {word} on held-back training data "
-            f"{meta['quality']:.2%} (original {base:.2%}), allocation {record['allocation']}"
+            f"  iteration {index}: {meta['macs'] / total_macs:.1%} of MACs, {judge.kind} on held-back training data "
+            f"{judge.say(meta['quality'])} (original {judge.say(base)}), allocation {record['allocation']}"
         )
         if floor is not None and meta["quality"] < floor - 1e-12:
             stopped = "floor"
             reason = (
-                f"iteration {index} fell to {meta['quality']:.2%} on held-back data, below the floor of {floor:.2%}"
+                f"iteration {index} fell to {judge.say(meta['quality'])} on held-back data, "
+                f"below the floor of {judge.say(floor)}"
             )
             break
         best = (current, total, index)

@@ -21,9 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from xedge.errors import InternalError, UsageError
 from xedge.groups import ChannelGroup, Groups
+from xedge.judge import charbonnier
 from xedge.moments import Moments, Stream
-from xedge.teacher import Teacher
+from xedge.teacher import Teacher, windows
 
+Places = tuple[tuple[int, int], Tensor, Tensor] | None
+"""A map's size and pixels of it (see `teacher.windows`); None of an average over all."""
 PIXELS = 7
 """A feature map is read on a grid of at most 7 x 7 pixels: enough for its covariance, and cheap."""
 
@@ -56,11 +59,13 @@ class Seen:
 
     Attributes:
         tap: the tap.
-        pooled: moments of the globally averaged channels with the teacher; one sample an image.
-        pixels: moments of single pixels, without a teacher; up to 49 samples an image.
+        pooled: moments of the globally averaged channels with the teacher, one sample an image; where the teacher is a
+            picture, of single pixels with the pixels that they stand for.
+        pixels: moments of single pixels, up to 49 samples an image.
         taylor: [C], mean over images of the squared first-order change of the loss when the channel is zeroed.
         weight: [O, C, r, K], the consumer's weight seen from the tap's columns: O outputs, K kernel taps.
-        fisher: [O], mean over images of the summed squared gradient of the log-likelihood of the model's own draw.
+        fisher: [O], mean over images of the summed squared gradient of the log-likelihood of the model's own draw; of
+            pictures, whose likelihood is Gaussian about the answer, of a random combination of all outputs.
     """
 
     tap: Tap
@@ -120,6 +125,13 @@ def taps(groups: Groups, modules: Mapping[str, nn.Module]) -> list[Tap]:
 def _channels_first(x: Tensor, module: nn.Module) -> Tensor:
     """A linear layer's features are its last axis, however many there are before it."""
     return x.movedim(-1, 1) if isinstance(module, nn.Linear) and x.dim() > 2 else x
+
+
+def _centres(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The centres (ys, xs) of at most PIXELS x PIXELS cells of a map [H, W], [P] each: half of the pixels of `_grid`
+    lie on the border, where a net that restores pictures sees padding."""
+    ys, xs = ((torch.arange(min(n, PIXELS)) * 2 + 1) * n // (2 * min(n, PIXELS)) for n in shape)
+    return ys.repeat_interleave(len(xs)), xs.repeat(len(ys))
 
 
 def _grid(shape: Sequence[int]) -> Tensor:
@@ -214,11 +226,12 @@ def observe(
     Args:
         model: not changed.
         groups: its channel groups.
-        data: batches (x [N, ...], labels [N]); labels are ignored when the teacher is the logits.
+        data: batches (x [N, ...], labels [N] or true pictures [N, C', H, W]); these are ignored when the teacher is the
+            logits.
         teacher: what Y is.
         gradients: whether to gather Taylor and Fisher terms too (one or two backward passes more).
         felt: on how many samples those are gathered, at least; all when None.
-        seed: of the labels drawn from the model's own prediction for the Fisher term.
+        seed: of the answers drawn from the model's own prediction for the Fisher term.
 
     Memory does not grow with the data.
 
@@ -238,9 +251,11 @@ def observe(
     try:
         for x, labels in data:
             feel = gradients and (felt is None or touched < felt)
-            averages: dict[str, list[Tensor]] = {}
+            averages: dict[str, list[tuple[Tensor, Places]]] = {}
 
-            def look(name: str, one: Tensor, size: int = len(x), into: dict[str, list[Tensor]] = averages) -> None:
+            def look(
+                name: str, one: Tensor, size: int = len(x), into: dict[str, list[tuple[Tensor, Places]]] = averages
+            ) -> None:
                 if len(one) != size:
                     raise UsageError(
                         f"reads {len(one)} samples for a batch of {size}",
@@ -248,8 +263,11 @@ def observe(
                         fix="keep the channels it reads with --exclude: they cannot be ranked",
                     )
                 one = _channels_first(one, modules[name])
-                into.setdefault(name, []).append(_average(one, where[name]))
-                pixels.setdefault(name, Stream()).add(_samples(one, where[name]))
+                if teacher.pictures:
+                    into.setdefault(name, []).append(_dense(one, where[name]))
+                else:
+                    into.setdefault(name, []).append((_average(one, where[name]), None))
+                    pixels.setdefault(name, Stream()).add(_samples(one, where[name]))
 
             with torch.set_grad_enabled(feel), _hooks(modules, where, look) as (inputs, outputs):
                 logits = model(x)
@@ -264,25 +282,22 @@ def observe(
                 felt_in: dict[str, list[Tensor | None]] = {}
                 felt_out: dict[str, list[Tensor | None]] = {}
                 if feel and flat_in:
-                    log_p = torch.log_softmax(logits.flatten(1), 1)
-                    own = torch.multinomial(log_p.detach().exp(), 1, generator=draw)[:, 0]
-                    target = labels if teacher.labelled else own
-                    loss = -log_p.gather(1, target[:, None]).sum()
-                    if target is own:  # one pass serves both
+                    loss, likelihood = _losses(teacher, logits, labels, draw)
+                    if likelihood is None:  # one pass serves both
                         wanted: list[Any] = [*flat_in, *flat_out]  # tensors and edges
                         both = torch.autograd.grad(loss, wanted, allow_unused=True)
                         g_in, g_out = iter(both[: len(flat_in)]), iter(both[len(flat_in) :])
                     else:
                         g_in = iter(torch.autograd.grad(loss, flat_in, retain_graph=True, allow_unused=True))
-                        likelihood = -log_p.gather(1, own[:, None]).sum()
                         g_out = iter(torch.autograd.grad(likelihood, flat_out, allow_unused=True))
                     felt_in = {name: [next(g_in) for _ in ts] for name, ts in inputs.items()}
                     felt_out = {name: [next(g_out) for _ in es] for name, es in outputs.items()}
             with torch.no_grad():
-                y = teacher.encode(labels, logits)
+                y = teacher.picture(x, labels, logits) if teacher.pictures else teacher.encode(labels, logits)
                 for name, parts in averages.items():
-                    for part in parts:
-                        pooled.setdefault(name, Stream()).add(part, y)
+                    for part, places in parts:
+                        taught = y if places is None else windows(y, *places).flatten(0, 1)
+                        pooled.setdefault(name, Stream()).add(part, taught)
                 for name, read in inputs.items():
                     # A layer that is called twice loses the channel in both calls.
                     changes = [
@@ -319,7 +334,7 @@ def observe(
         seen[name] = Seen(
             tap=t,
             pooled=averaged,
-            pixels=pixels[name].moments(),
+            pixels=averaged if teacher.pictures else pixels[name].moments(),
             taylor=_array(taylor.get(name), c) / max(touched, 1),
             weight=weight,
             fisher=_array(fisher.get(name), outputs_count) / max(touched, 1),
@@ -335,6 +350,35 @@ def observe(
             if isinstance(modules.get(s.layer), _BatchNorm)
         ]
     return Observed(seen, teacher, samples, seed, producers, norms)
+
+
+def _losses(teacher: Teacher, out: Tensor, labels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """What Taylor's terms feel, the loss that nets are trained by, and what Fisher's feel, the likelihood of
+    an answer that the model itself draws; None where it is the first.
+
+    Where the answer is a picture u the draw is u + e: the gradient of its likelihood is that of e^T u. Signs for e have
+    the least variance of all draws of unit variance (Hutchinson 1990).
+    """
+    if teacher.pictures:
+        e = 2 * torch.randint(0, 2, out.shape, generator=draw).to(out.dtype) - 1
+        likelihood = (out * e).sum()
+        return (likelihood, None) if teacher.kind == "logits" else (charbonnier(out - labels).sum(), likelihood)
+    log_p = torch.log_softmax(out.flatten(1), 1)
+    own = torch.multinomial(log_p.detach().exp(), 1, generator=draw)[:, 0]
+    likelihood = -log_p.gather(1, own[:, None]).sum()
+    return (-log_p.gather(1, labels[:, None]).sum(), likelihood) if teacher.labelled else (likelihood, None)
+
+
+def _dense(x: Tensor, tap: Tap) -> tuple[Tensor, Places]:
+    """The tap's columns at single pixels, [N P, C], with the map's size and the pixels; of an input without rows and
+    columns the averages, which stand for the whole picture."""
+    if x.dim() != 4:
+        zero = torch.zeros(1, dtype=torch.int64)
+        return _average(x, tap), ((1, 1), zero, zero)
+    ys, xs = _centres(x.shape[2:])
+    flat = x[:, :, ys, xs].transpose(1, 2).flatten(0, 1)
+    columns = torch.cat([flat[:, b.reshape(-1)].reshape(len(flat), *b.shape).mean(2) for b in tap.blocks.values()], 1)
+    return columns, ((x.shape[2], x.shape[3]), ys, xs)
 
 
 def _samples(x: Tensor, tap: Tap) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -24,11 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xedge.budget import choose_bits, samples
+from xedge.data import enough
 from xedge.equalize import equalize
 from xedge.errors import UsageError
 from xedge.export import write_flavour
 from xedge.groups import Groups, find_groups
 from xedge.iterate import Result, check_reach, ps_iteration
+from xedge.judge import Judge
 from xedge.metrics import topk
 from xedge.onnx_graph import export_float
 from xedge.pack import pack
@@ -44,6 +47,9 @@ from xedge.train import Recipe, fit, predict
 
 BASE_EPOCHS = {"lenet5": 12}
 BASE_EPOCHS_DEFAULT = 8
+BASE_STEPS = 2000
+"""At least so many steps for nets that restore pictures, of whose patches there may be few."""
+BASE_RATE, PICTURE_BASE_RATE = 0.05, 1e-3
 
 
 def compress(request: Request, folder: Path | None = None, talk: Talk | None = None, *, bench: bool = True) -> Run:
@@ -61,7 +67,7 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
 
     talk = talk or Talk(quiet=True)
     loaded = load_everything(request)
-    if loaded.trained_here and request.budget().macs is not None:
+    if loaded.trained_here and loaded.settings.budget.macs is not None:
         _within_reach(loaded)  # before the training that comes first
     with Run.open(folder or default_folder(request), request.to_json()) as run:
         data = loaded.data
@@ -114,7 +120,7 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
             start = ScaleTable.load(scales)
             scales = run.step(
                 "scales.safetensors",
-                {"rounded": scales, "float": floats, "epochs": request.qat, "lr": request.lr, "batch": request.batch},
+                {"rounded": scales, "float": floats, "epochs": request.qat, "lr": loaded.lr, "batch": loaded.batch},
                 lambda p: _tuned(loaded, ready, onnx.load(floats), start, run, talk).save(p),
             )
         table = ScaleTable.load(scales)
@@ -172,21 +178,39 @@ def _original(loaded: Loaded, path: Path, run: Run, talk: Talk) -> None:
     """Train a built-in model that came without weights; write the original's weights in any case."""
     model, request = loaded.model, loaded.request
     if loaded.trained_here:
-        epochs = request.base_epochs or BASE_EPOCHS.get(request.model, BASE_EPOCHS_DEFAULT)
+        epochs = request.base_epochs or _base_epochs(loaded)
         talk.say(f"  no --weights: training {request.model} on {loaded.data.name} first, {epochs} epochs")
-        recipe = Recipe(epochs=epochs, lr=0.05, batch=request.batch, seed=request.seed)
+        lr = PICTURE_BASE_RATE if loaded.data.restores else BASE_RATE
+        recipe = Recipe(epochs=epochs, lr=lr, batch=loaded.batch, seed=request.seed)
         checkpoint = run.folder / ".original.checkpoint.safetensors"
         fit(model, loaded.data, recipe, checkpoint=checkpoint, talk=talk, what=f"training {request.model}")
         checkpoint.unlink(missing_ok=True)
     save_file({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, path)
 
 
+def _base_epochs(loaded: Loaded) -> int:
+    if not loaded.data.restores:
+        return BASE_EPOCHS.get(loaded.request.model, BASE_EPOCHS_DEFAULT)
+    return max(BASE_EPOCHS_DEFAULT, math.ceil(BASE_STEPS * loaded.batch / len(loaded.data.train)))
+
+
 def _above_chance(original: nn.Module, loaded: Loaded) -> None:
     """A model that guesses was given no weights, or another normalisation: every figure after it would be noise."""
-    data = loaded.data
-    if data.classes is None:
+    data, judge = loaded.data, Judge.of(loaded.data)
+    if not judge.taught:
         return
-    logits, labels = predict(original, data.select, limit=1024)
+    logits, labels = predict(original, data.select, limit=judge.held(enough(data.select, 1024)))
+    if judge.restores:
+        grey = labels.mean().expand_as(logits)
+        quality, guess = judge.quality(logits, labels, logits), judge.quality(grey, labels, grey)
+        if quality <= guess:
+            raise UsageError(
+                f"its pictures of {data.name}, {judge.say(quality)}, are worse than plain grey, {judge.say(guess)}",
+                where=loaded.request.model,
+                fix="train it longer with --base-epochs" if loaded.trained_here else "give --weights FILE",
+            )
+        return
+    assert data.classes is not None
     accuracy, chance = topk(logits, labels), 1 / data.classes
     if accuracy <= chance + 3 * float(np.sqrt(chance * (1 - chance) / len(labels))):
         raise UsageError(

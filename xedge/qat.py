@@ -118,7 +118,7 @@ def tune(
         raise UsageError("the model's forward fixes the batch at 1", where="--qat", fix="make it take any batch")
     tuned = Tuned(judge, table)
     recipe = Recipe(
-        epochs=request.qat, lr=RATE * request.lr, batch=request.batch, weight_decay=0.0, distill=DISTILL,
+        epochs=request.qat, lr=RATE * loaded.lr, batch=loaded.batch, weight_decay=0.0, distill=DISTILL,
         seed=request.seed,
     )  # fmt: skip
     fit(tuned, loaded.data, recipe, original=model, checkpoint=checkpoint, talk=talk, what="training in integers")

@@ -15,7 +15,7 @@ and channel pruning, both ICCV 2017, which fit channel by channel.)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xedge.batchnorm import IMAGES, Statistics, matching
-from xedge.data import Images, batches, fitting
+from xedge.data import Images, at_once, batches, enough, pictured
 from xedge.fold import fold
 from xedge.groups import Groups
 from xedge.observe import Observed
@@ -36,15 +36,19 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HEAD = 512
 """Images that layers are fitted on at most, and FEWEST at least: with 64 pictures EfficientNet-Lite0 only got worse."""
 FEWEST = 128
+FEWEST_PICTURES = 8
+"""Where the answer is a picture: a layer near it sees thousands of pixels of each."""
 PER_WEIGHT = 24
 LEAST = 4096
 """Pixels a layer is fitted on: so many for each weight of an output, at least LEAST, at most what the images have."""
+MOST = 1 << 28
+"""Numbers in the patches of a layer, a gigabyte."""
 
 
-def head(shape: Sequence[int]) -> int:
-    """Images [C, H, W] that layers are fitted on at once, in about two gigabytes; 0 where too few fit."""
-    count = min(HEAD, 4 * fitting(shape))
-    return count if count >= FEWEST else 0
+def head(images: Images) -> int:
+    """Images of a set that layers are fitted on at once, in about two gigabytes; 0 where too few fit."""
+    count = min(HEAD, 4 * at_once(images), len(images) if pictured(images) else HEAD)
+    return count if count >= (FEWEST_PICTURES if pictured(images) else FEWEST) else 0
 
 
 @torch.no_grad()
@@ -70,8 +74,8 @@ def cut_and_fold(
         sequential: whether to fit each layer anew after that, on `head` images.
     """
     small = cut(before if observed is None else fold(before, groups, keep, observed), groups, keep)
-    size = fitting(images[0][0].shape)
-    first = head(images[0][0].shape) if sequential else 0
+    size = at_once(images)
+    first = head(images) if sequential else 0
     with matching(small, before, groups, keep, statistics) if statistics else nullcontext():
         if first:
             x, _ = next(batches(images, first, shuffle_seed=0))
@@ -79,7 +83,7 @@ def cut_and_fold(
                 small(x)
         if statistics:
             seen = 0
-            for x, _ in batches(images, size, shuffle_seed=0, limit=IMAGES):
+            for x, _ in batches(images, size, shuffle_seed=0, limit=enough(images, IMAGES)):
                 seen += len(x)
                 if len(x) > 1 and seen > first:  # one image has no spread between images
                     small(x)
@@ -154,7 +158,9 @@ def _places(module: nn.Module, out: Tensor) -> Tensor:
     pixels = out[0].numel() // (out.shape[-1] if isinstance(module, nn.Linear) else out.shape[1])
     weight = module.weight
     assert isinstance(weight, Tensor)
-    each = max(1, min(pixels, -(-max(LEAST, PER_WEIGHT * weight[0].numel()) // len(out))))
+    fan_in = weight[0].numel()
+    wanted = min(max(LEAST, PER_WEIGHT * fan_in), MOST // fan_in)
+    each = max(1, min(pixels, -(-wanted // len(out))))
     return (torch.arange(each) * pixels // each + 7 * torch.arange(len(out))[:, None]) % pixels
 
 

@@ -63,7 +63,8 @@ class Row:
         name: ``original`` (float, not cut) or ``compressed``.
         target: the target's name.
         top1: accuracy on validation data, a fraction; None without labels.
-        agreement: share of validation data with the original's top-1, a fraction.
+        agreement: share of validation data with the original's top-1, a fraction; None of pictures.
+        psnr: of Y of validation tiles taken as one picture, in dB; None of classes.
         macs: multiply-accumulates of one inference (one multiply and one add count once).
         parameters: trainable numbers.
         bytes, bytes_zstd, bytes_brotli: of the model file as it lies, by ``zstd -19`` and by Brotli 11.
@@ -88,6 +89,7 @@ class Row:
     verified_agreement: float | None = None
     entropy_bits: float | None = None
     executed_bits: float | None = None
+    psnr: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("top1", "agreement", "verified_agreement"):
@@ -146,8 +148,9 @@ class Subspace:
 class Iteration:
     """One round of dropping channels and fine-tuning; `index` 0 is the original.
 
-    `select_top1` (None when unlabelled) and `select_agreement` are measured on the split of the training data that is
-    held back for choosing. `macs_fraction` is of the original's; `di_total` the sum over groups; `seconds` wall time.
+    `select_top1` (None when unlabelled) and `select_agreement`, or of pictures `select_psnr` in dB, are measured on the
+    split of the training data that is held back for choosing. `macs_fraction` is of the original's; `di_total` the sum
+    over groups; `seconds` wall time.
     """
 
     index: int
@@ -158,6 +161,7 @@ class Iteration:
     di_total: float | None
     seconds: float
     allocation: str
+    select_psnr: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("select_top1", "select_agreement"):

@@ -75,6 +75,7 @@ def _page(report: Report) -> dict[str, Any]:
             for name, lines in words.sections(report)
             if name not in ("Commands", "Layers that could not be cut")
         ],
+        "restores": any(it.select_psnr is not None for it in report.iterations),
         "environment": [line.partition(": ")[::2] for line in words.flat(report.environment)],
         "request": [line.partition(": ")[::2] for line in words.flat(report.request)],
         "iterations": [
@@ -83,6 +84,7 @@ def _page(report: Report) -> dict[str, Any]:
                 "macs": words.count(it.macs),
                 "fraction": words.percent(it.macs_fraction, 1),
                 "top1": words.percent(it.select_top1),
+                "psnr": words.decibels(it.select_psnr),
                 "agreement": words.percent(it.select_agreement),
                 "di": words.NONE if it.di_total is None else words.significant(it.di_total),
                 "seconds": f"{it.seconds:.1f} s",

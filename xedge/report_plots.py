@@ -51,20 +51,24 @@ NAMED_LAYERS = 24
 
 
 def accuracy_against_macs(report: Report) -> str | None:
-    """Accuracy on the held-back split of the training data (agreement without labels) over MACs, each iteration.
+    """Quality on the held-back split of the training data (PSNR, top-1, agreement without labels) over MACs, each
+    iteration.
 
     Returns:
         An `<svg>` element, or None where fewer than two iterations were measured.
     """
-    labelled = any(it.select_top1 is not None for it in report.iterations)
+    kinds = (("select_psnr", 1, "PSNR, dB"), ("select_top1", 100, "top-1"))
+    field, factor, what = next(
+        (kind for kind in kinds if any(getattr(it, kind[0]) is not None for it in report.iterations)),
+        ("select_agreement", 100, "agreement with the original"),
+    )
     measured = [
-        (100 * it.macs_fraction, 100 * value, it)
+        (100 * it.macs_fraction, factor * value, it)
         for it in report.iterations
-        if (value := it.select_top1 if labelled else it.select_agreement) is not None
+        if (value := getattr(it, field)) is not None
     ]
     if len(measured) < 2:
         return None
-    what = "top-1" if labelled else "agreement with the original"
     returned = next((row.macs for row in report.rows if row.name == "compressed"), None)
     x, y = [m[0] for m in measured], [m[1] for m in measured]
 

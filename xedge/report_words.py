@@ -104,6 +104,17 @@ def points(difference: float) -> str:
     return f"{'0.00' if float(f'{100 * difference:.2f}') == 0 else text} points"
 
 
+def decibels(value: float | None) -> str:
+    """34.12 dB; a dash when absent."""
+    return NONE if value is None else f"{value:.2f} dB"
+
+
+def change_db(difference: float) -> str:
+    """A difference in decibels, with its sign."""
+    text = f"{difference:+.2f}".replace("-", MINUS)
+    return f"{'0.00' if float(f'{difference:.2f}') == 0 else text} dB"
+
+
 def times(ratio: float) -> str:
     """A ratio with the multiplication sign: 2.51x, 12.4x, 130x."""
     return f"{significant(ratio)}{TIMES}"
@@ -175,7 +186,14 @@ def _and(names: Sequence[str]) -> str:
 
 
 def _worse(original: Row | None, compressed: Row) -> Figure:
-    """How much worse: points of top-1 where there are labels, else agreement with the original."""
+    """How much worse: dB of PSNR of pictures, points of top-1 of labels, else agreement with the original."""
+    if compressed.psnr is not None and original is not None and original.psnr is not None:
+        drop = compressed.psnr - original.psnr
+        better = None if abs(drop) < 5e-3 else drop > 0
+        detail = f"{decibels(original.psnr)} {ARROW} {decibels(compressed.psnr)}"
+        return Figure(
+            "same PSNR" if better is None else "dB of PSNR", change_db(drop).partition(" ")[0], detail, better
+        )
     if compressed.top1 is not None and original is not None and original.top1 is not None:
         drop = compressed.top1 - original.top1
         better = None if abs(drop) < 5e-5 else drop > 0
@@ -206,6 +224,11 @@ def blame_words(report: Report) -> str:
 
 def _lines(report: Report, original: Row | None, compressed: Row) -> Iterator[Line]:
     before, after = original, compressed
+    if after.psnr is not None:
+        fell = None if before is None or before.psnr is None else after.psnr - before.psnr
+        better = None if fell is None or abs(fell) < 5e-3 else fell > 0
+        change = "" if fell is None else change_db(fell)
+        yield Line("PSNR of Y", decibels(before.psnr if before else None), decibels(after.psnr), change, better)
     if after.top1 is not None or (before is not None and before.top1 is not None):
         change, better = "", None
         if before is not None and before.top1 is not None and after.top1 is not None:
@@ -240,7 +263,10 @@ def _lines(report: Report, original: Row | None, compressed: Row) -> Iterator[Li
         yield Line("  executed", "32", f"{after.executed_bits:.4g}", "mean, by the kernels")
     if after.verified_agreement is not None or after.snr_db is not None:
         snr = "" if after.snr_db is None else f"SNR {after.snr_db:.1f} dB"
-        yield Line("agrees with torch", NONE, percent(after.verified_agreement), snr)
+        if after.verified_agreement is None:
+            yield Line("agrees with torch", NONE, snr, "")
+        else:
+            yield Line("agrees with torch", NONE, percent(after.verified_agreement), snr)
 
 
 def _figures(original: Row | None, compressed: Row) -> Iterator[Figure]:

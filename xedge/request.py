@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from xedge.choose import HOWS, STOPS, Settings
 from xedge.criteria.fdr import need_classes
 from xedge.data import Data, check
 from xedge.errors import UsageError, nearest
+from xedge.judge import Drop, Judge, amount
 from xedge.plan import Budget
 from xedge.quantize import Sensitivity
 from xedge.ranges import RangeRule
@@ -23,6 +25,10 @@ from xedge.target import Target
 from xedge.teacher import Teacher, choose_teacher
 
 DEFAULT_BUDGET = Budget(macs=0.5, max_drop=0.01)
+DEFAULT_DROP_DB = 0.2
+RATE, BATCH = 0.02, 128
+"""Of SGD on images of classes, and of Adam on pictures, whose gradients are small and whose maps are large."""
+PICTURE_RATE, PICTURE_BATCH = 5e-4, 16
 
 
 _QUANTISATION = (
@@ -41,12 +47,12 @@ class Request:
     data_root: str | None = None
     targets: tuple[str, ...] = ("jetson",)
     macs: float | None = None
-    max_drop: float | None = None
+    max_drop: Drop | None = None
     criterion: str = "fback"
     teacher: str | None = None
     bits: float = 8.0
     bytes: int | None = None
-    bits_drop: float | None = None
+    bits_drop: Drop | None = None
     sensitivity: Sensitivity = "output"
     ranges: RangeRule = "mse"
     feedback: bool = True
@@ -59,8 +65,8 @@ class Request:
     epochs: int = 3
     iterations: int = 4
     base_epochs: int | None = None
-    lr: float = 0.02
-    batch: int = 128
+    lr: float | None = None
+    batch: int | None = None
     seed: int = 0
     exclude: str | None = None
     prune_stem: bool = False
@@ -71,16 +77,24 @@ class Request:
     smoothing: float = 0.0
     distill: float = 0.0
 
-    def budget(self) -> Budget:
-        """The budget; without any, half the MACs for at most one point of accuracy.
+    def budget(self, *, restores: bool = False) -> Budget:
+        """The budget; without any, half the MACs for at most one point of accuracy, or 0.2 dB.
 
         Structural energy needs no MACs: it cuts until nothing is deleterious, within the drop.
+
+        Args:
+            restores: whether the data restore pictures: drops are then in decibels.
+
+        Raises:
+            UsageError: a drop in the other unit.
         """
+        drop = None if self.max_drop is None else amount(self.max_drop, "--max-drop", restores=restores)
+        usual = DEFAULT_DROP_DB if restores else DEFAULT_BUDGET.max_drop
         if self.stop == "energy":
-            return Budget(None, DEFAULT_BUDGET.max_drop if self.max_drop is None else self.max_drop, self.bits)
-        if self.macs is None and self.max_drop is None:
-            return Budget(DEFAULT_BUDGET.macs, DEFAULT_BUDGET.max_drop, self.bits)
-        return Budget(self.macs, self.max_drop, self.bits)
+            return Budget(None, usual if drop is None else drop, self.bits)
+        if self.macs is None and drop is None:
+            return Budget(DEFAULT_BUDGET.macs, usual, self.bits)
+        return Budget(self.macs, drop, self.bits)
 
     def quantisation(self) -> dict[str, Any]:
         """What decides step 7."""
@@ -90,7 +104,8 @@ class Request:
         """The budget of step 7."""
         words = f"{self.bits:g} mean bits" if self.bytes is None and self.bits_drop is None else ""
         parts = [words, f"{self.bytes} bytes, packed" if self.bytes is not None else ""]
-        parts += [f"a drop of {self.bits_drop:.2%}" if self.bits_drop is not None else ""]
+        drop = self.bits_drop
+        parts += [f"a drop of {drop if isinstance(drop, str) else f'{drop:.2%}'}" if drop is not None else ""]
         return " and ".join(p for p in parts if p)
 
     def to_json(self) -> dict[str, Any]:
@@ -158,14 +173,32 @@ class Loaded:
         )
 
     @property
+    def lr(self) -> float:
+        """The highest learning rate."""
+        usual = PICTURE_RATE if self.data.restores else RATE
+        return usual if self.request.lr is None else self.request.lr
+
+    @property
+    def batch(self) -> int:
+        """Images a training step."""
+        usual = PICTURE_BATCH if self.data.restores else BATCH
+        return usual if self.request.batch is None else self.request.batch
+
+    @property
+    def bits_drop(self) -> float | None:
+        """Largest fall of quality by rounding, as the data count it."""
+        given = self.request.bits_drop
+        return None if given is None else amount(given, "--bits-drop", restores=self.data.restores)
+
+    @property
     def settings(self) -> Settings:
         """What decides the PS-iteration."""
         r = self.request
         align = max(t.align for t in self.targets)
         return Settings(
-            criterion=r.criterion, budget=r.budget(), align=align, epochs=r.epochs, iterations=r.iterations, lr=r.lr,
-            seed=r.seed, batch=r.batch, fold=r.fold, allocation=r.allocation, stop=r.stop, step=r.step,
-            smoothing=r.smoothing, distill=r.distill,
+            criterion=r.criterion, budget=r.budget(restores=self.data.restores), align=align, epochs=r.epochs,
+            iterations=r.iterations, lr=self.lr, seed=r.seed, batch=self.batch, fold=r.fold, allocation=r.allocation,
+            stop=r.stop, step=r.step, smoothing=r.smoothing, distill=r.distill,
         )  # fmt: skip
 
 
@@ -198,15 +231,26 @@ def load_everything(request: Request) -> Loaded:
     for name, p in model.named_parameters():
         if not bool(torch.isfinite(p).all()):
             raise UsageError(f"{name} holds NaN or infinity", where=request.model, fix="use sound weights")
-    outputs = _outputs(model, data)
+    shape = _output(model, data)
+    outputs = math.prod(shape)
     if data.classes is not None and outputs != data.classes:
         raise UsageError(
             f"the model has {outputs} outputs and {data.name} has {data.classes} classes",
             where=request.model,
             fix="use weights of a model trained on these classes",
         )
+    judge = Judge.of(data)
+    if judge.restores and shape != judge.shape:
+        raise UsageError(
+            f"the model gives {shape} and the true pictures of {data.name} are {judge.shape}",
+            where=request.model,
+            fix="use weights and data of one scale",
+        )
+    for flag, drop in (("--max-drop", request.max_drop), ("--bits-drop", request.bits_drop)):
+        if drop is not None:
+            amount(drop, flag, restores=data.restores)
     untrained = request.weights is None and load.is_built_in(request.model)
-    if untrained and data.classes is None:
+    if untrained and not judge.taught:
         raise UsageError(
             f"{request.model} has no weights and {data.name} has no labels to train it with", fix="give --weights FILE"
         )
@@ -227,8 +271,9 @@ def _root(request: Request) -> Path | None:
 def _check_numbers(r: Request) -> None:
     if r.macs is not None and not 0 < r.macs <= 1:
         raise UsageError(f"--macs {r.macs:g} is not a fraction between 0 and 1", fix="0.5 keeps half the MACs")
-    if r.max_drop is not None and not 0 <= r.max_drop < 1:
-        raise UsageError(f"--max-drop {r.max_drop:g} is not between 0 and 1", fix="write 0.5% or 0.005")
+    for flag, drop in (("--max-drop", r.max_drop), ("--bits-drop", r.bits_drop)):
+        if drop is not None:
+            amount(drop, flag, restores=isinstance(drop, str))
     if r.qat < 0:
         raise UsageError(f"--qat {r.qat} is below 0", fix="give the epochs of training in integers")
     if r.qat and (r.bytes is not None or r.codebook):
@@ -237,8 +282,6 @@ def _check_numbers(r: Request) -> None:
     for least, pattern in r.bits_min:
         if not 0 <= least <= 8:
             raise UsageError(f"{least} bits are outside 0 to 8", where=f"--bits-min {least} {pattern}", fix="mend it")
-    if r.bits_drop is not None and not 0 <= r.bits_drop < 1:
-        raise UsageError(f"--bits-drop {r.bits_drop:g} is not between 0 and 1", fix="write 0.5% or 0.005")
     if r.bytes is not None and r.bytes <= 0:
         raise UsageError(f"--bytes {r.bytes} is not positive", fix="write 300kB or 1.5MB")
     for name, given, known in (
@@ -252,7 +295,7 @@ def _check_numbers(r: Request) -> None:
     if not 2 <= r.bits <= 8:
         raise UsageError(f"--bits {r.bits:g} is outside 2 to 8", fix="give the mean bits a weight, such as 4.5")
     for name, value, least in (("epochs", r.epochs, 0), ("iterations", r.iterations, 1), ("batch", r.batch, 2)):
-        if value < least:
+        if value is not None and value < least:
             raise UsageError(f"--{name} {value} is below {least}", fix=f"give {least} or more")
     for name, part in (("smoothing", r.smoothing), ("distill", r.distill)):
         if not 0 <= part <= 1:
@@ -261,12 +304,13 @@ def _check_numbers(r: Request) -> None:
         raise UsageError(f"--step {r.step:g} is not between 0 and 1", fix="15% takes that part of what is left")
     if r.stop == "energy" and r.macs is not None:
         raise UsageError("--stop energy finds the widths itself and takes no --macs", fix="leave one of them out")
-    if not r.lr > 0:
+    if r.lr is not None and not r.lr > 0:
         raise UsageError(f"--lr {r.lr:g} is not positive", fix="try 0.02")
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, data: Data) -> int:
+def _output(model: nn.Module, data: Data) -> tuple[int, ...]:
+    """The shape of one answer."""
     x = torch.stack([data.train[0][0]])
     try:
         out = model.eval()(x)
@@ -279,13 +323,13 @@ def _outputs(model: nn.Module, data: Data) -> int:
         ) from e
     if not isinstance(out, torch.Tensor) or out.flatten(1).shape[0] != 1:
         raise UsageError(
-            f"its output is {type(out).__name__}, not one tensor of logits", where=type(model).__name__, fix="wrap it"
+            f"its output is {type(out).__name__}, not one tensor", where=type(model).__name__, fix="wrap it"
         )
     if not bool(torch.isfinite(out).all()):
         raise UsageError(
             "its output is NaN or infinity", where=type(model).__name__, fix="check the weights and the normalisation"
         )
-    return int(out.flatten(1).shape[1])
+    return tuple(out.shape[1:])
 
 
 def default_folder(request: Request) -> Path:

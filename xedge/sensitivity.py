@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from xedge.criteria.di import EPS, solve
 from xedge.errors import UnsupportedGraph
-from xedge.metrics import kl, snr_db
+from xedge.judge import Judge
 from xedge.moments import Moments
 from xedge.onnx_graph import Graph, exposing, session
 from xedge.quantize import LEVELS, Sensitivity, dequantised, error_tables, noise_tables, round_layers
@@ -35,8 +35,8 @@ from xedge.rounding import Array, Layer, layers_of
 from xedge.simulate import align, torch_graph
 from xedge.teacher import Teacher
 
-Sample = tuple[NDArray[np.float32], int]
-"""One image [1, C, H, W] and its label."""
+Sample = tuple[NDArray[np.float32], int | Tensor]
+"""One image [1, C, H, W], and its label or true picture [C', H, W]."""
 PROBED = 48
 """Images on which a layer's weight is measured."""
 PROBE_BITS = 4
@@ -103,7 +103,8 @@ def layer_weights(
     bits = {n: np.full(len(la.rows), PROBE_BITS) for n, la in layers.items()}
     weights = round_layers(proto, layers, bits, {}, feedback=feedback)
     base = _logits(proto, images)
-    lost = {n: _divergence(base, _logits(dequantised(proto, {n: w}), images)) for n, w in weights.items()}
+    judge = Judge("PSNR" if answers_pictures(proto) else "agreement")
+    lost = {n: judge.divergence(base, _logits(dequantised(proto, {n: w}), images)) for n, w in weights.items()}
     least = LEAST_WEIGHT * float(np.mean(list(lost.values()))) or 1.0
     noise = {n: float(tables[n][:, PROBE_BITS].sum()) for n in layers}
     return {n: (lost[n] + least) / noise[n] if noise[n] > 0 else 1.0 for n in layers}
@@ -114,11 +115,11 @@ def _logits(proto: ModelProto, images: Iterable[NDArray[np.float32]]) -> Tensor:
     return torch.cat([torch.from_numpy(run.run(None, {feed: x})[0]).flatten(1) for x in images])
 
 
-def _divergence(base: Tensor, got: Tensor) -> float:
-    """KL of the answers in nats; of a single output its noise over its energy."""
-    if base.shape[1] > 1:
-        return kl(base, got)
-    return float(10 ** (-snr_db(base, got) / 10))
+def answers_pictures(proto: ModelProto) -> bool:
+    """Whether a graph's output is a picture [N, C, H, W]."""
+    graph = Graph(proto)
+    shape = graph.shapes[graph.outputs[0]]
+    return len(shape) == 4 and shape[2] * shape[3] > 1
 
 
 class _Differentiated(fx.Interpreter):
@@ -146,7 +147,7 @@ def fisher(
     Raises:
         UnsupportedGraph: torch's graph has no node for a layer's output.
     """
-    graph = Graph(proto)
+    graph, pictures = Graph(proto), answers_pictures(proto)
     nodes = {n.input[1]: n for n in graph.weighted()}
     shape = graph.shapes[graph.inputs[0]][1:]
     module = torch_graph(model, shape)
@@ -161,11 +162,11 @@ def fisher(
         run = _Differentiated(module, set(own.values()))
         out = run.run(torch.from_numpy(x))
         logits: Tensor = (out[0] if isinstance(out, tuple | list) else out).flatten(1)
-        if logits.shape[1] > 1:
+        if logits.shape[1] > 1 and not pictures:
             answer = torch.multinomial(logits.detach().softmax(1), 1, generator=draw)[:, 0]
             loss = nn.functional.cross_entropy(logits, answer)
         else:
-            loss = (logits * torch.randn(logits.shape, generator=draw)).sum()
+            loss = (logits * torch.randn(logits.shape, generator=draw)).sum()  # a Gaussian answer, drawn around it
         loss.backward()  # type: ignore[no-untyped-call]
         count += 1
         for w, name in own.items():
@@ -191,7 +192,7 @@ def information(
     run = session(exposing(proto, [n for n in inner if n not in graph.inputs]))
     names = [*graph.outputs, *(n for n in inner if n not in graph.inputs)]
     pooled: dict[str, list[Array]] = {n: [] for n in layers}
-    answers, labels = [], []
+    answers, labels = [], list[Tensor]()
     for x, label in samples:
         values = dict(zip(names, run.run(names, {graph.inputs[0]: x}), strict=True))
         values[graph.inputs[0]] = x
@@ -199,8 +200,8 @@ def information(
             shape = tuple(graph.initializers[name].dims)
             pooled[name].append(patches(la.node, values[la.node.input[0]], shape, la.groups).mean(1, dtype=np.float64))
         answers.append(torch.from_numpy(values[graph.outputs[0]]).flatten(1))
-        labels.append(label)
-    y = teacher.encode(torch.tensor(labels), torch.cat(answers)).double()
+        labels.append(torch.as_tensor(label))
+    y = teacher.encode(torch.stack(labels), torch.cat(answers)).double()
     out = {}
     for name, la in layers.items():
         p = np.stack(pooled[name])  # [N, G, K]

@@ -7,6 +7,12 @@ DI is one formula for any Y; what Y is decides what the score asks of a channel:
     coarse:FILE   superclasses, as FILE groups the classes; `coarse` alone: as the data set does
     class:K       one class, by name or number, against the rest: which channels tell it apart
     logits        the original's own output, for data without labels
+    images        the true picture, for nets that restore: each pixel of a layer is taught the pixels that it stands for
+
+In the last form Y is the residual truth, what plain bicubic enlarging of the input leaves to be learnt, brought to the
+layer's resolution by space-to-depth: a pixel of a map k times coarser than the picture is taught a column of C' k^2
+values. DI is then Eqs 13-15's ridge regression of the picture on the layer. `images:whole` takes the truth itself, and
+`logits` the net's own picture, less the enlarged input.
 """
 
 from __future__ import annotations
@@ -21,13 +27,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from xedge.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from xedge.data import Data
 
-KINDS = ("labels", "logits", "coarse", "class")
+KINDS = ("labels", "logits", "coarse", "class", "images")
+Kind = Literal["labels", "logits", "coarse", "class", "images"]
+MOST = 8
+"""Side of the largest window of pixels that one pixel of a layer is taught; larger ones are averaged down to it."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +46,37 @@ class Teacher:
 
     Attributes:
         kind: ``labels``, ``coarse`` and ``class`` are the paper's weighted one-hot (Theorem 1) of the classes, of
-            superclasses, and of one class and the rest; ``logits`` is the original net's output.
-        size: L, the rows of Y.
+            superclasses, and of one class and the rest; ``logits`` is the original net's output; ``images`` the truth.
+        size: L, the rows of Y; of pictures C', which a layer of lower resolution has k^2 times.
         rows: for each class its row of Y; empty where class l is row l.
         words: for the report.
+        pictures: what of a picture teaches each pixel: the residual, the whole, or "" where Y has no pixels.
     """
 
-    kind: Literal["labels", "logits", "coarse", "class"]
+    kind: Kind
     size: int
     rows: tuple[int, ...] = ()
     words: str = ""
+    pictures: Literal["", "residual", "whole"] = ""
 
     @property
     def labelled(self) -> bool:
         """Whether Y tells classes apart."""
-        return self.kind != "logits"
+        return self.kind not in ("logits", "images")
+
+    def picture(self, x: Tensor, truth: Tensor, out: Tensor) -> Tensor:
+        """What teaches the pixels of a batch, [N, C', H, W].
+
+        Args:
+            x: inputs [N, C, h, w].
+            truth, out: true pictures and the net's, [N, C', H, W].
+        """
+        taught = (out if self.kind == "logits" else truth).detach()
+        if self.pictures == "whole" or x.shape[1] != taught.shape[1]:
+            return taught
+        # With antialias the kernel is Keys' with a = -1/2, the field's bicubic; enlarging has nothing to smooth.
+        plain = functional.interpolate(x, size=taught.shape[2:], mode="bicubic", antialias=True)
+        return taught - plain
 
     def encode(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Y^T of a batch, [N, L]: the one-hot labels (not yet weighted), or the logits."""
@@ -72,8 +98,8 @@ class Teacher:
 
 
 def choose_teacher(spec: str | None, data: Data, outputs: int) -> Teacher:
-    """The teacher behind ``labels``, ``logits``, ``coarse``, ``coarse:FILE``, ``class:NAME`` or ``class:INDEX``; by
-    default the labels where there are any and the logits elsewhere.
+    """The teacher behind ``labels``, ``logits``, ``coarse``, ``coarse:FILE``, ``class:NAME``, ``class:INDEX``,
+    ``images`` or ``images:whole``; by default what the data know: true pictures or labels, or else the logits.
 
     Args:
         spec: as given by the user.
@@ -84,10 +110,19 @@ def choose_teacher(spec: str | None, data: Data, outputs: int) -> Teacher:
         UsageError: an unknown kind, labels that the data do not have, an unknown class, or a file that is not a map of
             all classes.
     """
-    kind, colon, value = (spec or ("logits" if data.classes is None else "labels")).partition(":")
+    usual = "images" if data.restores else "logits" if data.classes is None else "labels"
+    kind, colon, value = (spec or usual).partition(":")
     where = f"--teacher {spec}"
-    if kind not in KINDS or (colon and kind in ("labels", "logits")):
+    if (
+        kind not in KINDS
+        or (colon and kind in ("labels", "logits"))
+        or (kind == "images" and value not in ("", "whole"))
+    ):
         raise UsageError("is no teacher", where=where, fix="choose labels, logits, coarse, coarse:FILE or class:NAME")
+    if data.restores:
+        return _pictures(kind, value, data, where)
+    if kind == "images":
+        raise UsageError(f"needs true pictures and {data.name} has none", where=where, fix="leave it out")
     if kind == "logits":
         return Teacher("logits", outputs, words="the original's logits")
     if data.classes is None:
@@ -110,6 +145,47 @@ def choose_teacher(spec: str | None, data: Data, outputs: int) -> Teacher:
         raise UsageError("puts all classes into one: nothing to tell apart", where=where, fix="give two or more")
     words = f"{len(names)} superclasses of {data.classes} classes, weighted one-hot (Theorem 1)"
     return Teacher("coarse", len(names), tuple(names.index(g) for g in groups), words)
+
+
+def _pictures(kind: str, value: str, data: Data, where: str) -> Teacher:
+    channels = data.train[0][1].shape[0]
+    if kind == "logits":
+        return Teacher("logits", channels, words="the original's pictures less the enlarged input", pictures="residual")
+    if kind != "images":
+        raise UsageError(
+            f"needs labels and {data.name} has pictures", where=where, fix="give --teacher images, or none"
+        )
+    if value:
+        return Teacher("images", channels, words="the true pictures, by space-to-depth", pictures="whole")
+    return Teacher(
+        "images", channels, words="the true pictures less the enlarged input, by space-to-depth", pictures="residual"
+    )
+
+
+def windows(picture: Tensor, size: tuple[int, int], ys: Tensor, xs: Tensor) -> Tensor:
+    """What pixels of a map are taught: the part of the picture that each stands for, [N, P, L].
+
+    A pixel of an h x w map stands for a window of k x k pixels, k = H // h and at least 1, about its own place; L =
+    C' k^2, or C' MOST^2 at most. Where H = k h this is space-to-depth.
+
+    Args:
+        picture: [N, C', H, W].
+        size: (h, w) of the map.
+        ys, xs: pixels of the map, int64 [P].
+    """
+    sides, corners = [], []
+    for at, count, whole in ((ys, size[0], picture.shape[2]), (xs, size[1], picture.shape[3])):
+        k = max(1, whole // count)
+        sides.append(k)
+        corners.append((((at + 0.5) * whole / count) - k / 2).round().long().clamp(0, whole - k))
+    rows = corners[0][:, None] + torch.arange(sides[0])
+    columns = corners[1][:, None] + torch.arange(sides[1])
+    seen = picture[:, :, rows[:, :, None], columns[:, None, :]]  # [N, C', P, k, k]
+    if max(sides) > MOST:
+        n, c, p = seen.shape[:3]
+        small = functional.adaptive_avg_pool2d(seen.flatten(0, 2), (min(MOST, sides[0]), min(MOST, sides[1])))
+        seen = small.view(n, c, p, *small.shape[1:])
+    return seen.transpose(1, 2).flatten(2)
 
 
 def _class(text: str, data: Data, where: str) -> int:

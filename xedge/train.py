@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from xedge.data import Data, Images, batches, fitting, loader
+from xedge.data import Data, Images, at_once, batches, loader
 from xedge.errors import InternalError, UsageError
+from xedge.judge import Judge, charbonnier
 from xedge.run import write_atomically
 
 if TYPE_CHECKING:
@@ -30,16 +31,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """How to train: nets that classify by SGD on cross-entropy, nets that restore pictures by Adam on Charbonnier's
+    loss, a smooth mean absolute error (Lai et al., CVPR 2017).
 
     Attributes:
         epochs: passes over the training data.
         lr: the highest learning rate; warm-up over the first tenth, then a cosine to zero.
         batch: images a step.
         momentum: of SGD with Nesterov's step.
-        weight_decay: on weights of two and more dimensions.
+        weight_decay: on weights of two and more dimensions; Adam uses none.
         smoothing: label smoothing.
-        distill: weight of the original's softened answers (KL) against the labels; 1 without labels.
+        distill: weight of the original's softened answers (KL) against the labels; 1 without labels. Of pictures, of
+            the original's pictures against the true ones.
         temperature: of the distillation.
         frozen_norms: batch norms keep their running statistics and normalise with them: a few pictures without labels
             are not the data that the net was trained on, and their statistics would take the place of that data's.
@@ -84,19 +87,12 @@ def fit(
     """
     if recipe.epochs <= 0:
         return model.eval()
-    labelled = data.classes is not None
-    if not labelled and original is None:
+    judge = Judge.of(data)
+    if not judge.taught and original is None:
         raise InternalError("data without labels need the original as teacher")
     set_seed(recipe.seed % 2**32)  # numpy takes no more
     accelerator = Accelerator()
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=True,
-    )
+    optimizer = _optimizer(model, recipe, judge)
     start = restore(checkpoint, model, optimizer, recipe) if checkpoint is not None else 0
     model.to(memory_format=torch.channels_last)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -124,7 +120,7 @@ def fit(
                 g["lr"] = recipe.lr * max(rise, 1e-3)
             x, y = data.augmented(x, y, draw)
             x = x.contiguous(memory_format=torch.channels_last)  # a quarter faster on CPUs, and the fast way on GPUs
-            loss = _loss(wrapped, original, x, y, recipe, labelled)
+            loss = _loss(wrapped, original, x, y, recipe, judge)
             optimizer.zero_grad()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(wrapped.parameters(), 5.0)
@@ -140,10 +136,12 @@ def fit(
     return model.eval()
 
 
-def _loss(model: nn.Module, original: nn.Module | None, x: Tensor, y: Tensor, recipe: Recipe, labelled: bool) -> Tensor:
+def _loss(model: nn.Module, original: nn.Module | None, x: Tensor, y: Tensor, recipe: Recipe, judge: Judge) -> Tensor:
+    if judge.restores:
+        return _picture_loss(model, original, x, y, recipe.distill)
     logits: Tensor = model(x)
     parts = logits.new_zeros(())
-    weight = recipe.distill if labelled else 1.0
+    weight = recipe.distill if judge.taught else 1.0
     if weight < 1:
         parts = (1 - weight) * nn.functional.cross_entropy(logits, y, label_smoothing=recipe.smoothing)
     if weight > 0 and original is not None:
@@ -155,17 +153,40 @@ def _loss(model: nn.Module, original: nn.Module | None, x: Tensor, y: Tensor, re
     return parts
 
 
+def _optimizer(model: nn.Module, recipe: Recipe, judge: Judge) -> torch.optim.Optimizer:
+    if judge.restores:
+        return torch.optim.Adam(model.parameters(), lr=recipe.lr)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    return torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=True,
+    )
+
+
+def _picture_loss(model: nn.Module, original: nn.Module | None, x: Tensor, y: Tensor, distill: float) -> Tensor:
+    out: Tensor = model(x)
+    loss = charbonnier(out - y).mean()
+    if distill > 0 and original is not None:
+        with torch.no_grad():
+            taught = original(x)
+        loss = (1 - distill) * loss + distill * charbonnier(out - taught).mean()
+    return loss
+
+
 def _key(recipe: Recipe) -> str:
     return json.dumps(recipe.__dict__, sort_keys=True)
 
 
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: int) -> None:
-    """Write a checkpoint: weights, momenta, the epoch and the recipe it belongs to."""
+    """Write a checkpoint: weights, the optimiser's moments, the epoch and the recipe it belongs to."""
     tensors = {f"model.{k}": v.detach().clone().contiguous() for k, v in model.state_dict().items()}
     for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        buffer = optimizer.state.get(p, {}).get("momentum_buffer")
-        if buffer is not None:
-            tensors[f"momentum.{i}"] = buffer.detach().clone().contiguous()
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{key}.{i}"] = value.detach().clone().contiguous()
     meta = {"epoch": str(epoch), "recipe": _key(recipe)}
     write_atomically(path, lambda tmp: save_file(tensors, tmp, meta))
 
@@ -193,17 +214,19 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, reci
             return 0
         model.load_state_dict({k: f.get_tensor(f"model.{k}") for k in own})
         for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-            if f"momentum.{i}" in names:
-                optimizer.state[p]["momentum_buffer"] = f.get_tensor(f"momentum.{i}")
+            for key in ("momentum_buffer", "step", "exp_avg", "exp_avg_sq"):
+                if f"{key}.{i}" in names:
+                    optimizer.state[p][key] = f.get_tensor(f"{key}.{i}")
     return int(meta["epoch"])
 
 
 @torch.no_grad()
 def predict(model: nn.Module, dataset: Images, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Logits [N, L] and labels [N] of a whole dataset, in its order."""
+    """Logits [N, L] and labels [N] of a whole dataset, in its order; of pictures all values in a row, and the true
+    pictures [N, C', H, W]."""
     model.eval()
     logits, labels = [], []
-    for x, y in batches(dataset, fitting(dataset[0][0].shape), limit=limit):
+    for x, y in batches(dataset, at_once(dataset), limit=limit):
         logits.append(model(x).flatten(1))
         labels.append(y)
     if not logits:

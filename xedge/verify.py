@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from xedge.data import batches, fitting
+from xedge.data import at_once, batches, enough
 from xedge.errors import InternalError
-from xedge.metrics import agreement, kl, snr_db, topk
+from xedge.judge import Judge
+from xedge.metrics import agreement, snr_db
 from xedge.quantize import ScaleTable
 from xedge.simulate import Quantized
 from xedge.train import predict
@@ -40,12 +41,16 @@ Measured on LeNet-5 and ResNet-20 (Fashion-MNIST, 4 bits): correct artefacts rea
 below 10 dB. Agreement tells them less well: a wrong scale in the last layer changes no top-1."""
 
 
-def least_snr(judge: Quantized, images: Tensor, want: Tensor) -> float:
-    """The signal-to-noise ratio in dB that a correct artefact reaches against the judge's logits `want` [N, L]."""
+def least_snr(judge: Quantized, images: Tensor, want: Tensor, size: int) -> float:
+    """The signal-to-noise ratio in dB that a correct artefact reaches against the judge's logits `want` [N, L].
+
+    Args:
+        size: images at a time.
+    """
     draw = torch.Generator().manual_seed(0)
     some = images[:JITTERED]
     with torch.no_grad():
-        parts = torch.split(some, 1 if judge.single else fitting(some.shape))
+        parts = torch.split(some, 1 if judge.single else size)
         shaken = torch.cat([judge.run(x, JITTER, draw).flatten(1) for x in parts])
     return min(snr_db(want[: len(some)], shaken) - MARGIN, MOST)
 
@@ -59,45 +64,44 @@ def verify(
     models: dict[str, Path],
     talk: Talk,
 ) -> dict[str, Any]:
-    """Accuracy of original, compressed float and each artefact on validation data, and each artefact's parity.
+    """Quality of original, compressed float and each artefact on validation data, and each artefact's parity.
 
     Raises:
         InternalError: an artefact disagrees with the quantised torch model.
     """
     data = loaded.data
-    labelled = data.classes is not None
-    limit = min(len(data.val), REPORTED)
+    quality = Judge.of(data)
+    limit = quality.held(min(len(data.val), REPORTED))
     base, labels = predict(original, data.val, limit=limit)
     floats, _ = predict(small, data.val, limit=limit)
-    judged = min(limit, JUDGED)
+    judged = min(limit, enough(data.val, JUDGED))
     # The first of the images that the artefacts are run on: a smaller limit would spread over other ones.
-    size = fitting(data.shape)
+    size = at_once(data.val)
     images = torch.cat([x for x, _ in islice(batches(data.val, size, limit=limit), -(-judged // size))])[:judged]
     out: dict[str, Any] = {
         "images": limit,
-        "original": _row(base, base, labels, labelled),
-        "float": _row(floats, base, labels, labelled),
+        "original": quality.row(base, base, labels),
+        "float": quality.row(floats, base, labels),
         "targets": {},
     }
     for target in loaded.targets:
         talk.say(f"  {target.name}: {limit} validation images through the artefact")
         judge = Quantized(small, float_model, table, target.flavour, data.shape)
         with torch.no_grad():
-            want = torch.cat(
-                [judge(x).flatten(1) for x in torch.split(images, 1 if judge.single else fitting(data.shape))]
-            )
+            want = torch.cat([judge(x).flatten(1) for x in torch.split(images, 1 if judge.single else size)])
         run = target.load(models[target.name], torch.get_num_threads())
-        got = torch.cat([_run(run, x.numpy()) for x, _ in batches(data.val, fitting(data.shape), limit=limit)])
-        row = _row(got, base, labels, labelled)
-        row["verified_agreement"] = agreement(got[:judged], want)
+        got = torch.cat([_run(run, x.numpy()) for x, _ in batches(data.val, size, limit=limit)])
+        row = quality.row(got, base, labels)
+        row["verified_agreement"] = None if quality.restores else agreement(got[:judged], want)
         row["snr_db"] = min(snr_db(want, got[:judged]), 200.0)
         row["judge_against_float_snr_db"] = min(snr_db(floats[:judged], want), 200.0)
         row["unmatched"] = judge.unmatched
         out["targets"][target.name] = row
-        row["least_snr_db"] = least_snr(judge, images, want)
+        row["least_snr_db"] = least_snr(judge, images, want, size)
         if row["snr_db"] < row["least_snr_db"]:
+            same = "" if quality.restores else f"{row['verified_agreement']:.1%} of {judged} images, "
             raise InternalError(
-                f"the artefact disagrees with the quantised model: {row['verified_agreement']:.1%} of {judged} images, "
+                f"the artefact disagrees with the quantised model: {same}"
                 f"{row['snr_db']:.1f} dB where {row['least_snr_db']:.1f} dB are expected",
                 where=str(models[target.name]),
                 fix="report this model, and use another target meanwhile",
@@ -107,14 +111,3 @@ def verify(
 
 def _run(run: Any, x: NDArray[np.float32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(run(x).reshape(len(x), -1)))
-
-
-def _row(logits: Tensor, base: Tensor, labels: Tensor, labelled: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"agreement": agreement(logits, base), "kl": kl(base, logits)}
-    if labelled:
-        right, before = logits.argmax(1) == labels, base.argmax(1) == labels
-        row["top1"] = topk(logits, labels)
-        # Images that only one of the two gets right decide whether a drop is more than chance.
-        row["lost"] = int((before & ~right).sum())
-        row["won"] = int((~before & right).sum())
-    return row

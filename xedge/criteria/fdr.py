@@ -29,7 +29,7 @@ def need_classes(teacher: Teacher) -> None:
     """Raises UsageError when the teacher has no classes."""
     if not teacher.labelled:
         raise UsageError(
-            "Fisher's ratio compares classes and the teacher is the original's logits",
+            "Fisher's ratio compares classes and the teacher has none",
             where="--criterion fdr or dfdr",
             fix="give labelled data with --teacher labels, or choose di, greedy or fback",
         )
