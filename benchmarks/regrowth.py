@@ -70,7 +70,7 @@ def run(original: nn.Module, data: Data, seed: int, *, regrow: bool) -> tuple[fl
     base, _ = predict(original, data.select)
     whole = macs(original, data.shape).total
     total, current, back = groups.whole(), original, 0
-    x, _ = next(batches(data.train, head(data.shape), shuffle_seed=seed))
+    x, _ = next(batches(data.train, head(data.train), shuffle_seed=seed))
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:20_000]
     part: Any = Subset(data.train, chosen.tolist())  # type: ignore[arg-type]
     first: dict[str, Any] = {}

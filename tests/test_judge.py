@@ -28,7 +28,9 @@ def test_classes_are_judged_as_they_always_were() -> None:
     out, base, truth = torch.randn(50, 4, generator=draw), torch.randn(50, 4, generator=draw), torch.arange(50) % 4
     assert Judge("top-1").quality(out, truth, base) == topk(out, truth)
     assert Judge("agreement").quality(out, truth, base) == agreement(out, base)
-    assert Judge("top-1").dislike(out, truth, base) == pytest.approx(float(torch.nn.functional.cross_entropy(out, truth)))
+    assert Judge("top-1").dislike(out, truth, base) == pytest.approx(
+        float(torch.nn.functional.cross_entropy(out, truth))
+    )
     row = Judge("top-1").row(out, base, truth)
     lost = int(((base.argmax(1) == truth) & (out.argmax(1) != truth)).sum())
     assert (row["lost"], row["top1"]) == (lost, topk(out, truth))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from xedge.export import write_flavour
 from xedge.judge import Judge
 from xedge.pack import pack
 from xedge.quantize import ScaleTable, quantize
-from xedge.ranges import calibrate
+from xedge.ranges import calibrate, for_pictures, last_layers
 from xedge.rounding import layers_of
 from xedge.sensitivity import Sample, distortions
 from xedge.train import predict
@@ -56,6 +56,8 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
     """
     request = loaded.request
     calibration = calibrate(proto, lambda: (x for x, _ in samples(loaded)))
+    if loaded.data.restores:
+        calibration = for_pictures(proto, calibration)
     tables = None
     if request.bits < 8 or request.codebook or request.bytes is not None or request.bits_drop is not None:
         talk.say(f"  sensitivity: {request.sensitivity}")
@@ -67,6 +69,11 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
     counts = {la.name: la.rows.size for la in layers_of(proto, calibration.patches).values()}
     floats = {n for n in counts if request.keep_float is not None and re.search(request.keep_float, n)}
     least = {n: max(b for b, p in request.bits_min if re.search(p, n)) for n in counts if _floored(request, n)}
+    if loaded.data.restores:
+        last = {n.input[1].removesuffix(".weight") for n in last_layers(proto)[0]} - floats
+        protected = {**dict.fromkeys(last & set(counts), 8), **least}
+        if _fewest(counts, floats, protected) <= request.bits:
+            least = protected
 
     def at(bits: float) -> ScaleTable:
         method = quantize_by_codebook if request.codebook else quantize
@@ -75,8 +82,7 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
             correct=request.bias_correction, rule=request.ranges, least=least, keep_float=floats,
         )  # fmt: skip
 
-    rest = {n: c for n, c in counts.items() if n not in floats}
-    fewest = sum(least.get(n, 0) * c for n, c in rest.items()) / max(sum(rest.values()), 1)
+    fewest = _fewest(counts, floats, least)
     grid = [*np.arange(max(LEAST, np.ceil(fewest / STEP) * STEP), request.bits, STEP).tolist(), request.bits]
     if request.bytes is not None:
         allowed = request.bytes
@@ -112,6 +118,12 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
             )
         return found[1]
     return at(request.bits) if request.bytes is None else table
+
+
+def _fewest(counts: Mapping[str, int], floats: Collection[str], least: Mapping[str, int]) -> float:
+    """The mean bits that the floors alone take."""
+    rest = {n: c for n, c in counts.items() if n not in floats}
+    return sum(least.get(n, 0) * c for n, c in rest.items()) / max(sum(rest.values()), 1)
 
 
 def _floored(request: Request, layer: str) -> bool:

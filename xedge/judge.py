@@ -98,7 +98,7 @@ class Judge:
     def divergence(self, base: Tensor, got: Tensor) -> float:
         """How far answers [N, L] lie from others: KL in nats; of pictures and of single outputs noise over energy."""
         if self.restores or base.shape[1] == 1:
-            return float(10 ** (-snr_db(base, got) / 10))
+            return math.pow(10, -snr_db(base, got) / 10)
         return kl(base, got)
 
     def change(self, before: Tensor, after: Tensor, truth: Tensor, original: Tensor) -> tuple[float, float, float]:
@@ -118,12 +118,12 @@ class Judge:
         if len(before) < 2:
             return MOST_DB
         a, b = (_relative(self.errors(x, truth)) for x in (before, after))
-        return 1.96 * 10 / math.log(10) * float((b - a).std()) / len(before) ** 0.5
+        return 1.96 * 10 / math.log(10) * float((b - a).std()) / math.sqrt(len(before))
 
     def errors(self, out: Tensor, truth: Tensor) -> Tensor:
         """Mean squared error of Y of each picture, as stored in 8 bits, [N] in float64."""
         parts = []
-        for x, y in zip(out.split(16), truth.split(16), strict=True):
+        for x, y in zip(torch.split(out, 16), torch.split(truth, 16), strict=True):
             a, b = (self._light(p.reshape(-1, *self.shape)) for p in (x, y))
             parts.append((a - b).square().flatten(1).mean(1))
         return torch.cat(parts)

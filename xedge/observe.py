@@ -264,7 +264,7 @@ def observe(
                     )
                 one = _channels_first(one, modules[name])
                 if teacher.pictures:
-                    into.setdefault(name, []).append(_dense(one, where[name]))
+                    into.setdefault(name, []).append(_at_pixels(one, where[name]))
                 else:
                     into.setdefault(name, []).append((_average(one, where[name]), None))
                     pixels.setdefault(name, Stream()).add(_samples(one, where[name]))
@@ -369,7 +369,7 @@ def _losses(teacher: Teacher, out: Tensor, labels: Tensor, draw: torch.Generator
     return (-log_p.gather(1, labels[:, None]).sum(), likelihood) if teacher.labelled else (likelihood, None)
 
 
-def _dense(x: Tensor, tap: Tap) -> tuple[Tensor, Places]:
+def _at_pixels(x: Tensor, tap: Tap) -> tuple[Tensor, Places]:
     """The tap's columns at single pixels, [N P, C], with the map's size and the pixels; of an input without rows and
     columns the averages, which stand for the whole picture."""
     if x.dim() != 4:

@@ -7,7 +7,7 @@ to the graph that is quantised, batch norms folded. Memory does not grow with th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -106,7 +106,7 @@ class Calibration:
     Attributes:
         low, high: smallest and largest value of each tensor.
         histograms: of each tensor's values, or evenly spread ones of them, between the extremes and zero, [BINS].
-        outputs: tensors that leave the graph.
+        outputs: tensors that leave the graph, or whose values are all kept for another reason.
         patches: weight name -> moments of its patches.
         images: how many images were seen.
     """
@@ -202,6 +202,50 @@ def calibrate(
         patches={w: Patches(grams[w] / counts[w], means[w] / counts[w], split[w]) for w in grams},
         images=seen,
     )
+
+
+def last_layers(proto: ModelProto) -> tuple[list[NodeProto], list[str]]:
+    """The weighted nodes with none behind them, and the tensors that they read and all behind them."""
+    graph = Graph(proto)
+    weighted = {n.output[0] for n in graph.weighted()}
+    layers: list[NodeProto] = []
+    tensors: dict[str, None] = {}
+    behind = [*graph.outputs]
+    while behind:
+        name = behind.pop()
+        if name in tensors or not name or graph.is_constant(name):
+            continue
+        tensors[name] = None
+        node = graph.producer.get(name)
+        if node is not None and name in weighted:
+            layers.append(node)
+            tensors[node.input[0]] = None
+        elif node is not None:
+            behind += node.input
+    return layers, list(tensors)
+
+
+def for_pictures(proto: ModelProto, calibration: Calibration) -> Calibration:
+    """The calibration of a graph from pictures to pictures, both on 0..1.
+
+    Input and output are stored in 8 bits: on 0..1 their 255 steps are those of the file, and what an output has outside
+    is lost anyhow. What the last layers read, and all behind them, is seen directly: nothing of it is clipped.
+    """
+    graph = Graph(proto)
+    _, tensors = last_layers(proto)
+    ends = {n for n in graph.inputs if n in calibration.low}
+    behind = list(graph.outputs)
+    while behind:
+        name = behind.pop()
+        ends.add(name)
+        node = graph.producer.get(name)
+        if node is not None and _moves(node):
+            behind.append(node.input[0])
+    ends &= set(calibration.low)
+    low = {**calibration.low, **{n: max(calibration.low[n], 0.0) for n in ends}}
+    high = {**calibration.high, **dict.fromkeys(ends, 1.0)}
+    outputs = tuple(dict.fromkeys((*calibration.outputs, *(n for n in tensors if n in low), *sorted(ends))))
+    return replace(calibration, low=low, high=high, outputs=outputs)
 
 
 def patch_length(node: NodeProto, shape: tuple[int, ...]) -> int:
