@@ -246,7 +246,7 @@ def test_dfdr_of_one_channel_is_log_of_one_more_than_fdr(seed: int) -> None:
 @pytest.mark.parametrize("criterion", [fdr.score, dfdr.score])
 def test_without_classes_there_is_no_fishers_ratio(criterion: Criterion) -> None:
     x, y = drawn(0, 3)
-    with pytest.raises(UsageError, match="compares classes and the teacher is the original's logits"):
+    with pytest.raises(UsageError, match="compares classes and the teacher has none"):
         criterion(group(3), observed(seen(x, y), teacher=Teacher("logits", 4)), whole(3))
 
 

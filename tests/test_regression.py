@@ -256,7 +256,7 @@ def test_every_criterion_ranks_a_net_that_restores(case: tuple[nn.Module, Groups
             continue
         mask = np.ones(group.size, bool)
         if name in ("fdr", "dfdr", "bn-scale"):
-            with pytest.raises(UsageError, match="classes|batch norm"):
+            with pytest.raises(UsageError, match=r"classes|batch norm"):
                 criterion(group, observed, mask)
             continue
         scores = criterion(group, observed, mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -12,7 +13,6 @@ import tiny
 import tiny_pictures
 import torch
 from safetensors.torch import load_file
-from tiny_runs import Xedge
 
 from xedge.data import enough
 from xedge.judge import Judge
@@ -25,31 +25,17 @@ from xedge.report import read_json
 from xedge.run import read_json as read
 from xedge.train import Recipe, fit, predict
 
+if TYPE_CHECKING:
+    from tiny_runs import Xedge
+
+pytest_plugins = ["tiny_runs"]
 TARGETS = ("jetson-orin-nano", "android", "host-cpu")
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pictures.train(tmp_path_factory.mktemp("weights") / "net.safetensors")
-
-
-@pytest.fixture(scope="module")
-def run(xedge: Xedge, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run. Read it, do not write it."""
-    folder = tmp_path_factory.mktemp("runs") / "pictures"
-    words = ["compress", "-m", tiny_pictures.NET, "--weights", weights, "-d", tiny_pictures.DATA, "--max-drop", "3dB"]
-    words += [w for t in ("jetson", "android", "host-cpu") for w in ("--target", t)]
-    words += ["--macs", "0.5", "--bits", "6", "--epochs", "1", "--iterations", "1", "--no-bench", "-o", folder]
-    ended = xedge(*words)
-    assert ended.code == 0, ended.err
-    assert "PSNR" in ended.out
-    return folder
-
-
-def test_a_run_reports_decibels(run: Path) -> None:
-    report, verified = read_json(run / "report.json"), read(run / "verify.json")
+def test_a_run_reports_decibels(restored: Path) -> None:
+    report, verified = read_json(restored / "report.json"), read(restored / "verify.json")
     judge, data = Judge.of(tiny_pictures.data()), tiny_pictures.data()
-    out, truth = predict(rebuild(run), data.val)
+    out, truth = predict(rebuild(restored), data.val)
     assert verified["float"]["psnr"] == pytest.approx(judge.quality(out, truth, out), abs=1e-6)
     for target in TARGETS:
         before, after = report.row("original", target), report.row("compressed", target)
@@ -63,24 +49,34 @@ def test_a_run_reports_decibels(run: Path) -> None:
         assert after.macs < before.macs / 2
     assert [i.select_psnr is not None for i in report.iterations] == [True, True]
     assert report.teacher.startswith("the true pictures")
-    page = (run / "report.html").read_text()
+    page = (restored / "report.html").read_text()
     assert "PSNR" in page
     assert "agreement" not in page
 
 
-def test_the_floor_and_the_gate_are_in_decibels(xedge: Xedge, run: Path) -> None:
-    passed = xedge("gate", run, "--max-drop", "3dB")
+def test_the_floor_and_the_gate_are_in_decibels(xedge: Xedge, restored: Path) -> None:
+    passed = xedge("gate", restored, "--max-drop", "3dB")
     assert passed.code == 0, passed.err
     assert "PSNR fell by" in passed.out
-    assert xedge("gate", run, "--max-drop", "3%").code == 2
-    found = xedge("diagnose", run, "--target", "android", "--quiet")
+    assert xedge("gate", restored, "--max-drop", "3%").code == 2
+    found = xedge("diagnose", restored, "--target", "android", "--quiet")
     assert found.code == 0, found.err
     assert "PSNR" in found.out
     assert "27." in found.out or "dB" in found.out
 
 
-def test_a_drop_in_the_wrong_unit_is_one_line(xedge: Xedge, weights: Path) -> None:
-    common = ["compress", "-m", tiny_pictures.NET, "--weights", weights, "-d", tiny_pictures.DATA, "-o", "nowhere"]
+def test_a_drop_in_the_wrong_unit_is_one_line(xedge: Xedge, picture_weights: Path) -> None:
+    common = [
+        "compress",
+        "-m",
+        tiny_pictures.NET,
+        "--weights",
+        picture_weights,
+        "-d",
+        tiny_pictures.DATA,
+        "-o",
+        "nowhere",
+    ]
     for words in (["--max-drop", "0.5%"], ["--bits-drop", "0.5%"], ["--teacher", "labels"]):
         ended = xedge(*common, *words)
         assert (ended.code, len(ended.err.strip().splitlines())) == (2, 1), ended.err
@@ -94,12 +90,12 @@ def test_a_drop_in_the_wrong_unit_is_one_line(xedge: Xedge, weights: Path) -> No
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def test_training_goes_on_after_a_kill_as_if_nothing_had_been(weights: Path, tmp_path: Path) -> None:
+def test_training_goes_on_after_a_kill_as_if_nothing_had_been(picture_weights: Path, tmp_path: Path) -> None:
     data, recipe = tiny_pictures.data(), Recipe(epochs=2, lr=1e-3, batch=16)
 
     def fresh() -> torch.nn.Module:
         model = tiny_pictures.net()
-        model.load_state_dict(load_file(weights))
+        model.load_state_dict(load_file(picture_weights))
         return model
 
     whole = fit(fresh(), data, recipe)
@@ -149,18 +145,18 @@ def test_pictures_lie_on_the_steps_of_their_files_and_the_last_layers_are_whole(
     assert ranges[inner] != (min(calibration.low[inner], 0), max(calibration.high[inner], 0))
 
 
-def test_a_run_protects_its_last_layer(run: Path) -> None:
-    table = ScaleTable.load(run / "scales.safetensors")
+def test_a_run_protects_its_last_layer(restored: Path) -> None:
+    table = ScaleTable.load(restored / "scales.safetensors")
     assert set(table.bits_of()["up"]) == {8}
     assert table.mean_bits() <= 6
-    floats = Graph(onnx.load(run / "float.onnx"))
+    floats = Graph(onnx.load(restored / "float.onnx"))
     assert table.activations[floats.outputs[0]] == (0.0, 1.0)
     np.testing.assert_allclose(table.activations[floats.inputs[0]], (0.0, 1.0))
 
 
-def test_it_was_cut_as_asked(run: Path) -> None:
+def test_it_was_cut_as_asked(restored: Path) -> None:
     data = tiny_pictures.data()
-    small, whole = macs(rebuild(run), data.shape).total, macs(tiny_pictures.net(), data.shape).total
+    small, whole = macs(rebuild(restored), data.shape).total, macs(tiny_pictures.net(), data.shape).total
     assert small <= 0.5 * whole
     assert enough(data.select, 100) == 25
-    assert json.loads((run / "plan.json").read_text())["keep"]
+    assert json.loads((restored / "plan.json").read_text())["keep"]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_pictures
 
 
 @dataclass(frozen=True)
@@ -128,4 +129,23 @@ def finished(xedge: Xedge, arguments: list[str], tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("runs") / "finished"
     ended = xedge(*arguments, "-o", folder)
     assert ended.code == 0, ended.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained weights of `tiny_pictures.net`."""
+    return tiny_pictures.train(tmp_path_factory.mktemp("weights") / "pictures.safetensors")
+
+
+@pytest.fixture(scope="session")
+def restored(xedge: Xedge, picture_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a net that enlarges pictures, for three targets. Read it, do not write it."""
+    folder = tmp_path_factory.mktemp("runs") / "pictures"
+    words = ["compress", "-m", tiny_pictures.NET, "--weights", picture_weights, "-d", tiny_pictures.DATA]
+    words += [w for t in ("jetson", "android", "host-cpu") for w in ("--target", t)]
+    words += ["--macs", "0.5", "--bits", "6", "--epochs", "1", "--iterations", "1", "--max-drop", "3dB", "--no-bench"]
+    ended = xedge(*words, "-o", folder)
+    assert ended.code == 0, ended.err
+    assert "PSNR" in ended.out
     return folder

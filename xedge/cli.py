@@ -108,6 +108,22 @@ class Duration(click.ParamType[float]):
 DURATION = Duration()
 
 
+class PictureSize(click.ParamType[tuple[int, int]]):
+    """Width and height in pixels: 1280x720."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parse."""
+        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(value).strip())
+        if found is None or min(size := (int(found[1]), int(found[2]))) < 1:
+            self.fail(f"{value!r} is no size such as 1280x720", param, ctx)
+        return size
+
+
+PICTURE = PictureSize()
+
+
 class Size(click.ParamType[int]):
     """Bytes: 300000, 300kB, 1.5MB, 256KiB."""
 
@@ -446,6 +462,34 @@ def unpack(file: Path, output: Path | None) -> None:
     from xedge.pack import unpack as restore
 
     click.echo(restore(file, output))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("picture", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Picture to write.")
+@click.option("--target", help="Whose artefact.  [the run's first]")
+@click.option("--tile", type=PICTURE, help="Engine's input, 128x128.  [the artefact's own, or by its receptive field]")
+@click.option("--original", is_flag=True, help="Run the float original instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def upscale(
+    run: Path,
+    picture: Path,
+    output: Path,
+    target: str | None,
+    tile: tuple[int, int] | None,
+    original: bool,
+    as_json: bool,
+) -> None:
+    """Run a run's artefact on a picture of any size, tile by tile without seams, on this host."""
+    from xedge.upscale import upscale as restore
+
+    done = restore(run, picture, output, target=target, tile=tile, original=original)
+    if as_json:
+        click.echo(json.dumps(done.to_json()))
+    else:
+        (w, h), (tw, th) = done.size, done.tile
+        click.echo(f"{output}: {w}x{h} by {done.target}, {done.tiles} tiles of {tw}x{th}, overlap {done.overlap}")
 
 
 @main.command(name="list")

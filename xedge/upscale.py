@@ -1,0 +1,173 @@
+"""`xedge upscale`: a run's artefact on a picture of any size, on this host."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from xedge.errors import UnsupportedGraph, UsageError
+from xedge.load import load_target
+from xedge.onnx_graph import Graph
+from xedge.report import read_json as read_report
+from xedge.resample import to_bytes
+from xedge.run import write_atomically
+from xedge.sizes import compiled, resized, scale_of, source
+from xedge.target import Target
+from xedge.tiles import Reach, cut, least_tile, reach, stitch
+
+SMALL = 64
+"""Input pixels that tiles have at least on a side: of smaller ones most is overlap."""
+FORMATS = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Upscaled:
+    """What was done.
+
+    Attributes:
+        target: whose artefact ran.
+        size: of the picture that was written, (width, height).
+        tile: the engine's input, (width, height); tiles: how many.
+        overlap: input pixels on each side.
+        seconds: for running the tiles on this host, by the exact interpreter: no measure of a device.
+    """
+
+    target: str
+    size: tuple[int, int]
+    tile: tuple[int, int]
+    tiles: int
+    overlap: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def upscale(
+    run: Path,
+    picture: Path,
+    output: Path,
+    *,
+    target: str | None = None,
+    tile: tuple[int, int] | None = None,
+    original: bool = False,
+) -> Upscaled:
+    """Read a picture, run the artefact on its tiles, write the result.
+
+    Args:
+        run: a finished run's folder.
+        output: its suffix says the format.
+        target: whose artefact; the run's first by default.
+        tile: (width, height) of the engine's input; by default the artefact's own, or larger where most of that would
+            be overlap.
+        original: run the float original instead.
+
+    Raises:
+        UsageError: no picture, no such target, a tile that is all overlap, or nowhere to write.
+        UnsupportedGraph: the model does not take other sizes, or gives no pictures.
+    """
+    report = read_report(run / "report.json")
+    found = [load_target(t) for t in report.targets]
+    chosen = [t for t in found if target in (None, t.name, *t.aliases)]
+    if not chosen:
+        raise UsageError(f"the run has no target {target}", fix=f"choose one of {', '.join(report.targets)}")
+    if output.suffix.lower() not in FORMATS:
+        raise UsageError("is no format for pictures", where=str(output), fix="write -o NAME.png")
+    engine = Engine.of(run, chosen[0], original=original)
+    pixels = read(picture, engine.channels)
+    started = time.monotonic()
+    got, shape, reached = engine(pixels, tile)
+    seconds = time.monotonic() - started
+    image = Image.fromarray(got if engine.out_channels == 3 else got[:, :, 0])
+    write_atomically(output, lambda path: image.save(path, Image.registered_extensions()[output.suffix.lower()]))
+    padded = [max(t, n + -n % reached.step) for t, n in zip(shape, pixels.shape, strict=False)]
+    count = len(list(cut((padded[0], padded[1]), shape, reached)))
+    name = "original" if original else chosen[0].name
+    return Upscaled(name, image.size, (shape[1], shape[0]), count, reached.radius, seconds)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A run's graph for a target, compiled at the size that a picture asks for.
+
+    Attributes:
+        graph: what is compiled. target: what compiles it.
+        own: the graph's own input, (height, width).
+        channels, out_channels: of input and output.
+        scale: output over input.
+        reach: None where every output pixel depends on the whole picture.
+    """
+
+    graph: Any
+    target: Target
+    own: tuple[int, int]
+    channels: int
+    out_channels: int
+    scale: int
+    reach: Reach | None
+
+    @classmethod
+    def of(cls, run: Path, target: Target, *, original: bool = False) -> Engine:
+        """A run's engine for one of its targets, or its float original in that target's runtime."""
+        proto = source(run, None if original else target)
+        graph = Graph(proto)
+        x, y = graph.shapes[graph.inputs[0]], graph.shapes[graph.outputs[0]]
+        return cls(proto, target, (x[2], x[3]), x[1], y[1], scale_of(proto), reach(proto))
+
+    def tile(self, size: tuple[int, int], asked: tuple[int, int] | None) -> tuple[int, int]:
+        """The tile, (height, width), for a picture of `size`."""
+        if self.reach is None:
+            if asked is not None:
+                raise UnsupportedGraph("every pixel of its output depends on the whole picture", fix="leave --tile out")
+            return size
+        step, out = self.reach.step, []
+        for length, own, wanted in zip(size, self.own, asked[::-1] if asked else (None, None), strict=True):
+            if wanted is None:
+                wanted = own if own >= least_tile(self.reach) else max(least_tile(self.reach), SMALL)
+                wanted = min(wanted, length)
+                wanted += -wanted % step
+            if wanted % step or wanted <= (2 * self.reach.radius if wanted < length else 0):
+                fix = f"give more than {2 * self.reach.radius}, in multiples of {step}"
+                raise UsageError(f"{wanted} pixels are all overlap, or no multiple", where="--tile", fix=fix)
+            out.append(wanted)
+        return out[0], out[1]
+
+    def __call__(
+        self, pixels: NDArray[np.uint8], asked: tuple[int, int] | None = None
+    ) -> tuple[NDArray[np.uint8], tuple[int, int], Reach]:
+        """A picture uint8 [H, W, C] -> [scale H, scale W, C'], the tile that was used, and how tiles overlap."""
+        size = (pixels.shape[0], pixels.shape[1])
+        shape = self.tile(size, asked)
+        reached = self.reach or Reach(0, 1)
+        planes = np.ascontiguousarray(pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255))
+        proto = self.graph if shape == self.own else resized(self.graph, *shape)
+        with compiled(proto, self.target) as model:
+            runner = self.target.load(model, torch.get_num_threads())
+            got = stitch(runner, planes, shape, reached, self.scale)
+        return to_bytes(255 * got.transpose(1, 2, 0).astype(np.float64)), shape, reached
+
+
+def read(path: Path, channels: int) -> NDArray[np.uint8]:
+    """A picture as [H, W, channels], turned as its camera says.
+
+    Raises:
+        UsageError: it cannot be read, or the model takes neither one channel nor three.
+    """
+    modes = {1: "L", 3: "RGB"}
+    if channels not in modes:
+        raise UsageError(f"the model takes {channels} channels, and pictures have 1 or 3", where=str(path))
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert(modes[channels]))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else "no picture that Pillow reads"
+        raise UsageError(f"cannot be read ({reason})", where=str(path), fix="give a PNG or JPEG file") from e
+    return pixels.reshape(pixels.shape[0], pixels.shape[1], channels)
