@@ -28,7 +28,7 @@ lint: .venv/.installed
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 	  "xedge needs Python 3.11 to 3.13, this is %d.%d: run make PYTHON=python3.13" % v)'
 	@$(VENV)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install -e '.[dev,tensorrt-lint,ssh]'
+	$(VENV)/python -m pip install -e '.[dev,tensorrt-lint,ssh,browser]'
 	@touch $@
 
 clean:

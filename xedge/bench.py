@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from xedge.agree import check_outputs
 from xedge.device import Device, open_device
 from xedge.errors import UsageError
 from xedge.measure import Protocol, compare, measure, preset, runtime_for
@@ -58,6 +59,9 @@ def bench(
 def _timed(
     device: Device, model: Path, other: Path | None, protocol: Protocol, threads: int, talk: Talk
 ) -> Measurement | Comparison:
+    if device.kind == "browser":
+        for file in (model, *filter(None, [other])):
+            talk.say(f"{file.name}: {check_outputs(device, file)}")
     what = "processes" if other is None else "pairs of processes"
     talk.say(f"timing {model.name} on {device.name}: {protocol.processes} {what}")
 

@@ -309,7 +309,10 @@ def _judge(request: Request, report: Report, folder: Path) -> None:
 @main.command()
 @click.argument("path", metavar="ARTEFACT|RUN", type=click.Path(path_type=Path))
 @click.option(
-    "--device", default="local", show_default=True, help="ssh://USER@HOST, adb://SERIAL, FILE.toml, or this host."
+    "--device",
+    default="local",
+    show_default=True,
+    help="ssh://USER@HOST, adb://SERIAL, browser, FILE.toml, or this host.",
 )
 @click.option("--baseline", type=click.Path(path_type=Path), help="Run or file to compare with.  [the run's original]")
 @click.option("--protocol", default="standard", show_default=True, help="reference, standard or quick.")

@@ -2,7 +2,7 @@
 
 A device file is what a laboratory writes down about one board:
 
-    address = "ssh://bench@orin-7"              # or adb://SERIAL, or local
+    address = "ssh://bench@orin-7"              # or adb://SERIAL, browser://HOST:PORT, or local
     name = "orin-7"                             # the file's name when absent
     target = "jetson-orin-nano"                 # it runs this target's artefacts only; absent: all it has a runtime for
     python = "/home/bench/venv/bin/python"      # a command there, or a list of words; python3 when absent
@@ -30,7 +30,8 @@ Kind = Literal["real", "emulated", "fake", "browser"]
 QUEUE = 3600.0
 """Seconds to wait for a device that another job holds."""
 
-_FORMS = ("local", "ssh://USER@HOST", "adb://SERIAL", "FILE.toml")
+_FORMS = ("local", "ssh://USER@HOST", "adb://SERIAL", "browser", "FILE.toml")
+_BROWSERS = ("browser", "browser+webgpu")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Device:
         target: the target whose artefacts it runs, or None where it runs those of several.
         transport: how files and commands reach it.
         address: as given to ``--device``.
-        python: the command on the device that runs the agent.
+        python: the command on the device that runs the agent; a browser needs none.
         cpus: cores to pin to; wherever the system puts it when empty.
     """
 
@@ -84,7 +85,9 @@ def describe(device: str) -> Description:
     scheme, separator, rest = device.partition("://")
     if separator and scheme in ("ssh", "adb") and not rest:
         raise UsageError("names no device", where=f"--device {device}", fix=f"write {scheme}://NAME")
-    if device in ("local", "browser") or (separator and scheme in ("ssh", "adb")):
+    if scheme in _BROWSERS:
+        return Description(device, device, kind="browser")
+    if device == "local" or (separator and scheme in ("ssh", "adb")):
         return Description(device, device)
     raise UsageError("no such kind of device", where=f"--device {device}", fix=nearest(device, _FORMS))
 
@@ -118,7 +121,10 @@ def read_description(path: Path) -> Description:
     cpus = item("cpus", list, "[0, 1]", [])
     if not all(type(core) is int and core >= 0 for core in cpus) or not all(isinstance(w, str) for w in words):
         raise UsageError("cpus wants numbers, python wants words", where=str(path))
-    kind = item("kind", str, '"real"', "real")
+    usual = describe(address).kind
+    kind = item("kind", str, f'"{usual}"', usual)
+    if usual == "browser" and kind == "real":
+        raise UsageError("kind is 'real', and a browser's times are its own", where=str(path), fix="leave kind out")
     if kind not in get_args(Kind):
         raise UsageError(f"kind is {kind!r}", where=str(path), fix=nearest(kind, get_args(Kind)))
     config = item("ssh_config", str, '"ssh_config"', None)
@@ -201,8 +207,7 @@ def _connect(about: Description, wait: float | None, say: Callable[[str], None])
         from xedge.transports.adb import Adb
 
         return Adb(about.address.removeprefix("adb://"), wait, say), python
-    raise DeviceError(
-        "this version has no such transport",
-        where=f"--device {about.address}",
-        fix="use ssh://, adb:// or local, or copy the artefact and benchmarks/agent.py to the device and run it there",
-    )
+    from xedge.transports.browser import Browser
+    from xedge.transports.browser import parse as parse_browser
+
+    return Browser(parse_browser(about.address)), ()

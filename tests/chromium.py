@@ -1,0 +1,116 @@
+"""Headless Chromium, Debian's, driven by playwright; every request that its pages make is written down."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from xedge.benchmarks import vendor_browser
+from xedge.transports.browser import Browser, Place
+
+T = TypeVar("T")
+PATH = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+def needs() -> str | None:
+    """Why these tests cannot run here."""
+    if PATH is None:
+        return "needs chromium: apt-get install chromium"
+    if not vendor_browser.whole():
+        return "needs LiteRT.js and ONNX Runtime Web: python -m xedge.benchmarks.vendor_browser"
+    try:
+        import playwright.sync_api  # noqa: F401
+    except ImportError:
+        return "needs playwright: pip install playwright"
+    return None
+
+
+GPU = [
+    "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan,WebGPU",
+    "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+]  # fmt: skip
+"""WebGPU on a renderer in software."""
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=PATH, args=FLAGS + GPU)
+        yield browser
+        browser.close()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A transport and the page behind it. `requests`: (method, address) of all that the page asked for."""
+
+    transport: Browser
+    page: Any
+    requests: list[tuple[str, str]]
+
+    @property
+    def state(self) -> str:
+        return f"{self.page.inner_text('#state')}: {self.page.inner_text('#detail')}"
+
+    def reaches(self, words: str, seconds: float = 20) -> None:
+        """Wait until the page says so."""
+        self.page.wait_for_function(
+            "words => document.getElementById('main').innerText.includes(words)", arg=words, timeout=seconds * 1e3
+        )
+
+
+@contextlib.contextmanager
+def opened(
+    browser: Any, secure: bool = False, before: Callable[[Any], None] = lambda page: None, accelerator: str = "wasm"
+) -> Iterator[Opened]:
+    """The transport on this host itself, by https where `secure`, with its page open; `before` sees the page first."""
+    context = browser.new_context(ignore_https_errors=True)
+    page = context.new_page()
+    requests: list[tuple[str, str]] = []
+    context.on("request", lambda request: requests.append((request.method, request.url)))
+    before(page)
+    transport = Browser(Place("127.0.0.1", 0, secure, accelerator), 20, lambda text: page.goto(link(text)))
+    try:
+        yield Opened(transport, page, requests)
+    finally:
+        transport.close()
+        context.close()
+
+
+def link(invitation: str) -> str:
+    """The address in what the terminal shows."""
+    return next(word for word in invitation.split() if word.startswith("http"))
+
+
+class Aside(threading.Thread):
+    """`work` in a thread of its own, while this one plays with the page."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        super().__init__(daemon=True)
+        self._work, self._made, self._error = work, None, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._made = self._work()
+        except BaseException as error:
+            self._error = error
+
+    def outcome(self, seconds: float = 60) -> Any:
+        """What it returned, or raise what it raised."""
+        self.join(seconds)
+        assert not self.is_alive(), "still at it"
+        if self._error is not None:
+            raise self._error
+        return self._made
