@@ -62,6 +62,7 @@ TARGET = replace(
     compile=compile_float,
     weight_bits=(16, 32),
     activation_symmetric=False,
+    half=None,
     aliases=(),
     facts=(
         Fact("precisions", "fp16, fp32", "", NO_INT8),

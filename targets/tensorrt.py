@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from xedge.errors import UsageError
+from xedge.export import halved
 from xedge.onnx_graph import session
 from xedge.run import digest_file
 from xedge.target import Runner, Target
 from xedge.targets import tensorrt_engine
+from xedge.targets.tensorrt_engine import Precision
 
 # 8.5 and 10, weakly typed: layers between Q/DQ run in int8, the others in the faster of fp16 and fp32. Strong typing
 # would leave those others in fp32; github.com/NVIDIA/Model-Optimizer/issues/80 measured it 17 % slower. The next three
@@ -37,12 +40,14 @@ BUILD: dict[int, tuple[str, ...]] = {
 }
 
 
-def command(version: int, *, quantized: bool = True) -> list[str]:
-    """The trtexec call for TensorRT 8 (8.5 only), 10 or 11, to be run inside the artefact's folder on the board.
+_UNASKED = {"int8": (), "float16": ("--int8",), "float32": ("--int8", "--fp16")}
+"""Flags that a graph does not get: on a float one --int8 would make up ranges, and --fp16 other results."""
 
-    A graph without Q/DQ must not get --int8: trtexec would make up ranges for it.
-    """
-    typing = [f for f in BUILD[version] if quantized or f != "--int8"]
+
+def command(version: int, asked: Precision = "int8") -> list[str]:
+    """The trtexec call for TensorRT 8 (8.5 only), 10 or 11, to be run inside the artefact's folder on the board,
+    for a graph of that precision."""
+    typing = [f for f in BUILD[version] if f not in _UNASKED[asked]]
     common = ["--onnx=model.onnx", "--saveEngine=model.plan", "--timingCacheFile=timing.cache"]
     time = ["--warmUp=1000", "--duration=10", "--iterations=1000", "--percentile=50,90,99", "--exportTimes=times.json"]
     layers = ["--profilingVerbosity=detailed", "--exportLayerInfo=layers.json", "--exportProfile=profile.json"]
@@ -104,11 +109,11 @@ echo "model.plan is bound to this board; engine.json says to what"
 """
 
 
-def script(*, quantized: bool = True) -> str:
+def script(asked: Precision = "int8") -> str:
     """build.sh: plain POSIX sh; it finds trtexec and its version and refuses a version whose flags are not known."""
     text = _SCRIPT
     for version in BUILD:
-        text = text.replace(f"@{version}@", shlex.join(command(version, quantized=quantized)[1:]))
+        text = text.replace(f"@{version}@", shlex.join(command(version, asked)[1:]))
     return text
 
 
@@ -128,14 +133,14 @@ def compile_onnx(onnx_path: Path, folder: Path, name: str) -> Path:
     if any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer):
         raise UsageError("keeps its weights in another file", where=str(onnx_path), fix="save it as one file")
     shutil.copyfile(onnx_path, model)
-    quantized = tensorrt_engine.quantized(proto)
+    asked = tensorrt_engine.precision(proto)
     build = folder / "build.sh"
-    build.write_text(script(quantized=quantized))
+    build.write_text(script(asked))
     build.chmod(0o755)
     opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     readme = folder / "README.md"
-    kind = "int8 Q/DQ" if quantized else "float"
-    ten, eleven = (shlex.join(command(v, quantized=quantized)) for v in (10, 11))
+    kind = "int8 Q/DQ" if asked == "int8" else asked
+    ten, eleven = (shlex.join(command(v, asked)) for v in (10, 11))
     readme.write_text(
         f"1. {name}: {kind} ONNX, opset {opset}, batch 1. Copy this folder to the board and run `./build.sh`; an "
         "engine built elsewhere does not load there.\n"
@@ -159,6 +164,14 @@ def compile_onnx(onnx_path: Path, folder: Path, name: str) -> Path:
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return model
+
+
+def compile_half(onnx_path: Path, folder: Path, name: str) -> Path:
+    """As `compile_onnx`, of a float graph made float16: strong typing, as in TensorRT 11, takes it from the graph."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        half = Path(elsewhere) / "half.onnx"
+        onnx.save(halved(onnx.load(onnx_path)), half)
+        return compile_onnx(half, folder, name)
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int]:
@@ -191,6 +204,7 @@ TARGET = Target(
     opset=17,
     weight_bits=(8,),
     activation_symmetric=True,
+    half=compile_half,
     sources=(
         "NVIDIA TensorRT documentation, Working with Quantized Types: explicit quantisation, zero-point 0",
         "NVIDIA TensorRT documentation, Migrating trtexec Usage from TensorRT 10.x to 11.x",

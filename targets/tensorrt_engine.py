@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -254,9 +254,15 @@ def network_flags(trt: ModuleType, *, strongly_typed: bool) -> int:
     return sum(1 << int(getattr(kinds, n)) for n in names if hasattr(kinds, n))
 
 
-def quantized(model: onnx.ModelProto) -> bool:
-    """Whether a graph has Q/DQ, which is what makes TensorRT run layers in int8."""
-    return any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in model.graph.node)
+Precision = Literal["int8", "float16", "float32"]
+
+
+def precision(model: onnx.ModelProto) -> Precision:
+    """What a graph asks for: int8 where it has Q/DQ, which is what makes TensorRT run it; else by its weights."""
+    if any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in model.graph.node):
+        return "int8"
+    half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
+    return "float16" if half else "float32"
 
 
 def build_engine(
@@ -303,8 +309,10 @@ def build_engine(
         )
     config = builder.create_builder_config()
     if not strong:
-        config.set_flag(trt.BuilderFlag.FP16)
-        if quantized(onnx.load(onnx_path)):  # on a float graph it would ask for calibration
+        asked = precision(onnx.load(onnx_path))
+        if asked != "float32":
+            config.set_flag(trt.BuilderFlag.FP16)
+        if asked == "int8":  # on a float graph it would ask for calibration
             config.set_flag(trt.BuilderFlag.INT8)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     timing = folder / "timing.cache"

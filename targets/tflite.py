@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,7 @@ TARGET = Target(
     load=load,
     suffix=".tflite",
     weight_bits=(8, 4),
+    half=partial(compile, weights="float16"),
     sources=(
         "https://ai.google.dev/edge/litert/models/quantization_spec",
         "tensorflow/lite/tools/versioning/op_version.cc",

@@ -203,7 +203,8 @@ def nibbles(values: Array) -> NDArray[np.uint8]:
     """Integers in -8..7 as two's complement in 4 bits, two a byte: the first low, the second high; the last padded."""
     flat = values.reshape(-1).astype(np.int8).view(np.uint8) & 15
     flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
-    return np.bitwise_or(flat[::2], np.left_shift(flat[1::2], 4)).astype(np.uint8)
+    packed: NDArray[np.uint8] = (flat[::2] | (flat[1::2] << np.uint8(4))).astype(np.uint8)
+    return packed
 
 
 def _quantization(scale: Array, zero_point: Array, axis: int) -> Any:

@@ -22,6 +22,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from flavours import edited, quantised
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -30,13 +31,13 @@ from onnx import TensorProto, helper, numpy_helper
 from xedge import load
 from xedge.cli import main
 from xedge.errors import DeviceError, UnsupportedGraph, UsageError
-from xedge.export import write_flavour
+from xedge.export import halved, write_flavour
 from xedge.onnx_graph import export_float
 from xedge.quantize import quantize
 from xedge.ranges import calibrate
 from xedge.run import digest_file
 from xedge.targets import tensorrt, tensorrt_engine
-from xedge.targets.tensorrt_engine import BOUND, Cuda, Facts
+from xedge.targets.tensorrt_engine import BOUND, Cuda, Facts, precision
 
 # -- graphs ----------------------------------------------------------------------------------------------------------
 
@@ -328,9 +329,37 @@ def test_float_graph_gets_no_int8_flag(tmp_path: Path) -> None:
     folder = artefact(tmp_path / "a", model_of(nodes, [], (1, 3, 4, 4), 17))
     board = Board(tmp_path / "board", "[TensorRT v100300] ")
     assert board.run(folder).returncode == 0
-    assert "--int8" not in (board.arguments or [])
-    assert "--fp16" in (board.arguments or [])
+    assert not {"--int8", "--fp16"} & set(board.arguments or [])
     assert "--int8" not in (folder / "README.md").read_text()
+
+
+def half_net(folder: Path, name: str) -> Path:
+    """A float net's artefact in float16; the net itself is folder/net.onnx."""
+    assert tensorrt.TARGET.half is not None
+    onnx.save(quantised("plain").proto, folder / "net.onnx")
+    (folder / name).mkdir()
+    return tensorrt.TARGET.half(folder / "net.onnx", folder / name, "net")
+
+
+def test_float16_graph_is_asked_for_by_its_types_and_by_fp16(tmp_path: Path) -> None:
+    """TensorRT 8.5 and 10 need the flag, 11 takes it from the graph. The graph's own results stay."""
+    model = half_net(tmp_path, "a")
+    assert precision(onnx.load(model)) == "float16"
+    made = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert {p.name: p.read_bytes() for p in half_net(tmp_path, "b").parent.iterdir()} == made
+    board = Board(tmp_path / "board", "[TensorRT v100300] ")
+    assert board.run(tmp_path / "a").returncode == 0
+    assert "--fp16" in (board.arguments or [])
+    assert "--int8" not in (board.arguments or [])
+    x = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
+    want = tensorrt.TARGET.load(tmp_path / "net.onnx", 1)(x)
+    np.testing.assert_allclose(tensorrt.TARGET.load(model, 1)(x), want, atol=2e-3 * np.abs(want).max())
+
+
+def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
+    large = edited(quantised("plain").proto, quantised("plain").proto.graph.initializer[0].name, lambda v: v * 1e6)
+    with pytest.raises(UnsupportedGraph, match="exceeds float16"):
+        halved(large)
 
 
 # -- what an engine is bound to --------------------------------------------------------------------------------------
@@ -602,6 +631,9 @@ def test_float_graph_is_built_without_int8(tmp_path: Path) -> None:
     folder = artefact(tmp_path / "a", model_of(nodes, [], TensorRTDouble.SHAPE, 17))
     trt = TensorRTDouble("10.3.0")
     tensorrt_engine.build_engine(folder / "model.onnx", tmp_path / "built", trt=trt, cuda=Cuda(DriverDouble()))
+    assert trt.flags == set()
+    trt = TensorRTDouble("10.3.0")
+    tensorrt_engine.build_engine(half_net(tmp_path, "h"), tmp_path / "built", trt=trt, cuda=Cuda(DriverDouble()))
     assert trt.flags == {"FP16"}
 
 
@@ -673,6 +705,13 @@ def net(name: str) -> tuple[torch.nn.Module, tuple[int, ...]]:
         return lite.EfficientNet.from_name("efficientnet-lite0"), (3, 64, 64)
     channels, side = {"lenet5": (1, 28), "resnet20": (3, 32)}[name]
     return load.load_model(name, classes=10, channels=channels), (channels, side, side)
+
+
+@needs_rtx
+def test_tensorrt_takes_float16(tmp_path: Path) -> None:
+    from xedge.targets.tensorrt_lint import lint
+
+    assert lint(half_net(tmp_path, "a")) == []
 
 
 @needs_rtx

@@ -21,7 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from xedge.errors import InternalError
+from xedge.errors import InternalError, UnsupportedGraph
 from xedge.onnx_graph import WEIGHTED, Graph, drop_unused
 from xedge.quantize import ScaleTable, asymmetric, symmetric
 from xedge.target import Flavour
@@ -52,7 +52,7 @@ def grids(graph: Graph, table: ScaleTable, flavour: Flavour) -> dict[str, Grid]:
         return out
     wanted: set[str] = set()
     for node in graph.nodes:
-        if node.op_type in WEIGHTED and graph.is_constant(node.input[1]):
+        if node.op_type in WEIGHTED and node.input[1] in table.weights:
             wanted.add(node.input[0])
         if node.op_type == "Add" and not any(graph.is_constant(n) for n in node.input):
             # The convolution's own branch stays open, so that convolution and addition fuse; the other is rounded.
@@ -172,6 +172,28 @@ def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) 
     drop_unused(model)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def halved(float_model: ModelProto) -> ModelProto:
+    """A float graph in float16, weights and arithmetic; what goes in and comes out stays float32.
+
+    Raises:
+        UnsupportedGraph: a weight lies beyond float16, at 65504.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    for tensor in float_model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            top = float(np.abs(numpy_helper.to_array(tensor)).max(initial=0.0))
+            if top > float(np.finfo(np.float16).max):
+                raise UnsupportedGraph(f"its largest value, {top:g}, exceeds float16", where=tensor.name)
+    model, half = ModelProto(), ModelProto()
+    model.CopyFrom(float_model)
+    half.CopyFrom(convert_float_to_float16(model, keep_io_types=True))
+    OnnxModel.graph_topological_sort(half.graph, is_deterministic=True)  # the casts come last otherwise
+    onnx.checker.check_model(half, full_check=True)
+    return half
 
 
 def _constant_operand(

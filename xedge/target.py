@@ -63,7 +63,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Target:
-    """Facts of a runtime on a chip, and two functions.
+    """Facts of a runtime on a chip, and the functions of it.
 
     Attributes:
         name: as given to ``--target``.
@@ -77,6 +77,8 @@ class Target:
         compile: ``compile(onnx_path, folder, name) -> Path``: write the artefact from a QDQ or float ONNX file into
             `folder` (which exists) and return the model file. Raises UnsupportedGraph, naming the node.
         load: ``load(model_path, threads) -> Runner``: run the artefact on this host as exactly as it can be run.
+        half: ``half(float_onnx_path, folder, name) -> Path``: as `compile`, for float16; None where the runtime has no
+            float16 to gain from.
         aliases: other names for ``--target``.
         facts: of the chip and its software, each with its source.
         sources: where the rules above come from.
@@ -92,12 +94,13 @@ class Target:
     suffix: str = ".onnx"
     weight_bits: tuple[int, ...] = (8,)
     activation_symmetric: bool = False
+    half: Callable[[Path, Path, str], Path] | None = None
     aliases: tuple[str, ...] = ()
     facts: tuple[Fact, ...] = ()
     sources: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the two functions."""
+        """Everything but the functions."""
         names = ("name", "summary", "flavour", "align", "opset", "suffix", "weight_bits", "activation_symmetric")
         facts = {n: getattr(self, n) for n in (*names, "aliases", "sources")}
         return {**facts, "facts": [asdict(f) for f in self.facts]}
