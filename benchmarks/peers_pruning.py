@@ -34,12 +34,13 @@ from xedge.batchnorm import input_statistics
 from xedge.benchmarks.results import PHOTOGRAPHS
 from xedge.benchmarks.zoo import efficientnet_lite0
 from xedge.choose import Settings, choose
-from xedge.data import Data, batches, fitting
+from xedge.data import Data, at_once, batches
 from xedge.groups import find_groups
+from xedge.judge import charbonnier
 from xedge.metrics import agreement, kl, macs, topk
 from xedge.plan import Budget
 from xedge.refit import cut_and_fold
-from xedge.teacher import Teacher
+from xedge.teacher import choose_teacher
 from xedge.train import Recipe, fit, predict
 
 HESSIAN = 128
@@ -87,7 +88,7 @@ def ours(model: nn.Module, data: Data, case: Case, seed: int, options: dict[str,
     )
     groups = find_groups(model, torch.stack([data.train[0][0]]), prune_stem=True)  # as torch-pruning does
     base, _ = predict(model, data.select)
-    teacher = Teacher("labels", data.classes) if data.classes is not None else Teacher("logits", base.shape[1])
+    teacher = choose_teacher(None, data, base.shape[1])
     target = case.macs * macs(model, data.shape).total
     sizes = {g.name: g.size for g in groups.groups}
     choice = choose(model, groups, data, teacher, settings, target, base, sizes)
@@ -99,7 +100,7 @@ def ours(model: nn.Module, data: Data, case: Case, seed: int, options: dict[str,
 
 
 def theirs(model: nn.Module, data: Data, case: Case, seed: int, name: str) -> nn.Module:
-    """One cut by torch-pruning: the pruner's defaults, the classifier's outputs left alone, the ratio by bisection."""
+    """One cut by torch-pruning: the pruner's defaults, the net's outputs left alone, the ratio by bisection."""
     import torch_pruning as tp
 
     example = torch.stack([data.train[0][0]])
@@ -107,7 +108,7 @@ def theirs(model: nn.Module, data: Data, case: Case, seed: int, name: str) -> nn
     torch.manual_seed(seed)
 
     def pruned(copied: nn.Module, importance: Any, ratio: float) -> nn.Module:
-        heads = [m for m in copied.modules() if isinstance(m, nn.Linear)][-1:]
+        heads = [m for m in copied.modules() if isinstance(m, nn.Conv2d if data.restores else nn.Linear)][-1:]
         pruner = tp.pruner.BasePruner(
             copied, example, importance, pruning_ratio=ratio, ignored_layers=heads,
             round_to=case.align if case.align > 1 else None,
@@ -124,18 +125,23 @@ def theirs(model: nn.Module, data: Data, case: Case, seed: int, name: str) -> nn
     importance = getattr(tp.importance, name)()
     if name in ("TaylorImportance", "HessianImportance"):
         single = name == "HessianImportance"
-        size = 1 if single else fitting(data.shape, gradients=True)
+        size = 1 if single else at_once(data.train, gradients=True)
         for x, y in batches(
             data.train, size, shuffle_seed=seed, limit=min(HESSIAN, case.felt) if single else case.felt
         ):
-            logits = work(x)
-            target = y if data.classes is not None else logits.argmax(1)  # without labels the net's own answer
             if single:
                 work.zero_grad()
-            torch.autograd.backward(nn.functional.cross_entropy(logits, target, reduction="sum"))
+            torch.autograd.backward(_loss(work(x), y, data))
             if single:
                 importance.accumulate_grad(work)
     return pruned(work, importance, high)
+
+
+def _loss(out: Tensor, y: Tensor, data: Data) -> Tensor:
+    if data.restores:
+        return charbonnier(out - y).sum()
+    target = y if data.classes is not None else out.argmax(1)  # without labels the net's own answer
+    return nn.functional.cross_entropy(out, target, reduction="sum")
 
 
 def judge(model: nn.Module, data: Data, base: Tensor) -> dict[str, float]:

@@ -1,0 +1,332 @@
+"""Super-resolution, denoising and deblocking side by side: all nets trained for the same steps on the same photographs.
+
+    python -m xedge.benchmarks.photographs PHOTOS
+    python -m xedge.benchmarks.sr OUT PHOTOS
+
+SRResNet with nearest neighbours (X-SRResNet) is trained for half of the steps, pruned to 1/4, 1/8 and 1/14 of its
+multiply-adds by xedge's default, by the paper's DI, by L1 and by Taylor's (torch-pruning), and trained for the other
+half, as is itself and every other net. Judged on pictures that no training saw: photographs of the folder without a
+near copy among the rest, and scikit-image's and scikit-learn's own. Each net is quantised to 8 bits after that, without
+training, and its files for LiteRT and ONNX Runtime are judged as they run. Latencies come last, every net interleaved
+with X-SRResNet; `--no-time` leaves them for a later call, on a quiet machine. Rows that are there are not measured
+again, and a killed training goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from xedge import load
+from xedge.benchmarks.peers_pruning import Case, ours, theirs
+from xedge.data import Data, batches
+from xedge.device import open_device
+from xedge.export import write_flavour
+from xedge.image_metrics import psnr, ssim
+from xedge.measure import QUICK, compare
+from xedge.metrics import macs, parameters
+from xedge.models.feqe import feqe
+from xedge.models.hsrn import hsrn
+from xedge.models.span import span
+from xedge.models.srcnn import dncnn, srcnn, vdsr
+from xedge.models.srresnet import x_srresnet
+from xedge.models.upscale import Bicubic
+from xedge.onnx_graph import export_float
+from xedge.quantize import quantize
+from xedge.ranges import calibrate, for_pictures
+from xedge.target import Target
+from xedge.train import Recipe, fit
+
+HELD_OUT = (
+    "032-nature-Dune.png", "034-nature-Garden.png", "036-nature-LadyBird.png", "039-nature-TwoWings.png",
+    "044-images-2560x1600.png", "049-images-2560x1600.png", "052-images-2560x1600.png", "057-images-2560x1600.png",
+    "065-images-2560x1600.png", "073-images-5120x2880.png",
+)  # fmt: skip
+"""Photographs of `benchmarks.photographs` without a near copy among the rest."""
+EPOCHS = 4
+"""Of each half of the training: what a kill costs at most is one of them."""
+BATCH = 16
+RATES = (1e-3, 5e-4)
+CALIBRATED = 32
+SIDE = {"sr": 144, "denoise": 256, "deblock": 256}
+"""Of the middle of a held-out picture that is judged, and of the files: what fits into the smallest picture."""
+HD = (360, 640)
+"""The input of an output of 1280x720 at scale 2."""
+
+Make = Callable[[], nn.Module]
+BASE = "X-SRResNet"
+SR: Mapping[str, Make] = {
+    "SRCNN": lambda: srcnn(2),
+    "VDSR, 10 layers of 24": lambda: vdsr(2, depth=10, width=24),
+    "FEQE": lambda: feqe(2),
+    "SPAN, 3 blocks of 16": lambda: span(2, blocks=3, width=16),
+    BASE: lambda: x_srresnet(2, blocks=8, width=32),
+    f"{BASE} of 8 channels": lambda: x_srresnet(2, blocks=8, width=8),
+}
+RESTORERS: Mapping[str, Make] = {  # 53.1 k multiply-adds a pixel, both
+    "DnCNN, 12 layers of 24": lambda: dncnn(1, depth=12, width=24),
+    "HSRN, 3 blocks of 24": lambda: hsrn(1, blocks=3, width=24),
+}
+PARTS = (4, 8, 14)
+METHODS: Mapping[str, dict[str, Any] | str] = {
+    "xedge": {},
+    "the paper's DI": {"criterion": "diloss", "allocation": "uniform", "fold": False},
+    "L1": "MagnitudeImportance",
+    "Taylor": "TaylorImportance",
+}
+TIMED = ("bicubic", *SR, *(f"{BASE} / {part}, xedge" for part in PARTS))
+RUNTIMES = {"LiteRT": "android", "ONNX Runtime": "host-cpu"}
+PROTOCOL = replace(QUICK, name="quick, 8 runs", min_runs=8, seconds=0.3)
+
+
+# -- the data --------------------------------------------------------------------------------------------------------
+
+
+def test_pictures(photographs: Path, out: Path) -> Path:
+    """The held-out pictures as one folder."""
+    from skimage import data as theirs_
+    from sklearn.datasets import load_sample_image
+
+    folder = out / "test"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in HELD_OUT:
+        if not (photographs / name).is_file():
+            sys.exit(f"sr: {photographs} has no {name}; make it by python -m xedge.benchmarks.photographs")
+        shutil.copyfile(photographs / name, folder / name)
+    own = {f"skimage-{n}": getattr(theirs_, n)() for n in ("astronaut", "chelsea", "coffee", "rocket")}
+    own |= {f"sklearn-{n}": load_sample_image(f"{n}.jpg") for n in ("china", "flower")}
+    for name, picture in own.items():
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    return folder
+
+
+def data_of(task: str, level: int, steps: int, photographs: Path, test: Path) -> tuple[Data, Data]:
+    """Training pairs, so many that EPOCHS of them are half of the steps; and larger ones that calibrate the files."""
+    kind = {"sr": "scale", "denoise": "sigma", "deblock": "q"}[task]
+    spec = f"{task}:{photographs}?{kind}={level}&test={test}&patch={32 if task == 'sr' else 48}"
+    count = len(load.load_data(f"{spec}&patches=1", root=None, seed=0).train)
+    patches = math.ceil(steps / 2 / EPOCHS * BATCH / count)
+    large = re.sub(r"patch=\d+", f"patch={SIDE[task]}&patches=1", spec)
+    return (load.load_data(s, root=None, seed=0) for s in (f"{spec}&patches={patches}", large))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def judged(run: Callable[[Tensor], Tensor], data: Data) -> tuple[float, float]:
+    """PSNR and SSIM, means over the middles of the held-out pictures: of Y, with `scale` pixels shaved, for
+    super-resolution; of Y for deblocking; of RGB for denoising."""
+    task, _, scale = *data.name.partition(":")[:2], data.scale or 1
+    on_y, shave = task != "denoise", scale if task == "sr" else 0
+    found = []
+    for picture in data.pictures:
+        small, truth = picture.load()
+        top, left = ((n - SIDE[task]) // 2 for n in small.shape[:2])
+
+        def middle(whole: Any, k: int, top: int = top, left: int = left) -> Tensor:
+            part = whole[k * top : k * (top + SIDE[task]), k * left : k * (left + SIDE[task])]
+            return torch.from_numpy(part.transpose(2, 0, 1).astype(np.float32) / np.float32(255))
+
+        wanted, got = middle(truth, scale), run(middle(small, 1)[None])[0]
+        found.append([f(wanted, got, shave=shave, on_y=on_y) for f in (psnr, ssim)])
+    means = np.mean(found, 0)
+    return float(means[0]), float(means[1])
+
+
+# -- nets ------------------------------------------------------------------------------------------------------------
+
+
+def half(model: nn.Module, which: int, data: Data, path: Path, seed: int = 0) -> nn.Module:
+    """Train for half of the steps, once."""
+    if not path.exists():
+        recipe = Recipe(epochs=EPOCHS, lr=RATES[which], batch=BATCH, seed=seed + which)
+        checkpoint = path.with_suffix(".checkpoint")
+        fit(model, data, recipe, checkpoint=checkpoint)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+        checkpoint.unlink(missing_ok=True)
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def pruned(model: nn.Module, data: Data, part: int, method: str) -> nn.Module:
+    """One cut to 1 / part of the multiply-adds."""
+    case = Case(macs=1 / part, align=1, base_epochs=0, images=0, lr=0.0, felt=128)
+    how = METHODS[method]
+    return theirs(model, data, case, 0, how) if isinstance(how, str) else ours(model, data, case, 0, how)
+
+
+def files(model: nn.Module, large: Data, folder: Path) -> dict[str, Path]:
+    """Float and int8 files for both runtimes, of the size that is judged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    proto = export_float(model, large.shape, 17)
+    made = {}
+    seen = calibrate(proto, lambda: (x.numpy() for x, _ in batches(large.train, 1, shuffle_seed=0, limit=CALIBRATED)))
+    table = quantize(proto, for_pictures(proto, seen), mean_bits=8.0)
+    for runtime, name in RUNTIMES.items():
+        target: Target = load.load_target(name)
+        for kind, graph in (("float", proto), ("int8", write_flavour(proto, table, target.flavour))):
+            source = folder / f"{kind}.{target.flavour}.onnx"
+            onnx.save(graph, source)
+            made[f"{runtime} {kind}"] = target.compile(
+                source, folder, kind if target.suffix != ".onnx" else f"{kind}-ort"
+            )
+    return made
+
+
+def measure(name: str, model: nn.Module, data: Data, large: Data, out: Path, seconds: float = 0.0) -> dict[str, Any]:
+    """One row."""
+    row: dict[str, Any] = {"task": data.name.partition(":")[0], "notes": data.notes[0], "net": name}
+    row |= {"seconds": seconds, "parameters": parameters(model), "macs": macs(model, (3, 90, 160)).total}
+    row["macs"] *= HD[0] * HD[1] / (90 * 160)
+    row["float"] = judged(model, data)
+    made = files(model, large, out / re.sub(r"[^A-Za-z0-9]+", "-", f"{data.notes[0]} {name}"))
+    row["files"] = {key: str(path.relative_to(out)) for key, path in made.items()}
+    for runtime, target in RUNTIMES.items():
+        run = load.load_target(target).load(made[f"{runtime} int8"], 1)
+        row[runtime] = judged(lambda x, run=run: torch.from_numpy(run(x.numpy())), data)  # type: ignore[misc]
+    return row
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict[str, Any]], times: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """Markdown."""
+    heads = ["net", "G multiply-adds", "k parameters", "PSNR, dB", "SSIM", *(f"int8, {r}" for r in RUNTIMES)]
+    if times:
+        heads += [f"ms, {r} {kind}" for r in RUNTIMES for kind in ("float", "int8")]
+    lines = [f"| {rows[0]['task']}, {rows[0]['notes']}: {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        size = [f"{row['macs'] / 1e9:.2f}", f"{row['parameters'] / 1e3:.1f}"] if row["parameters"] else ["", ""]
+        cells = [row["net"], *size, f"{row['float'][0]:.2f}", f"{row['float'][1]:.4f}"]
+        cells += [f"{row[r][0]:.2f}" if r in row else "" for r in RUNTIMES]
+        for runtime in RUNTIMES if times else ():
+            for kind in ("float", "int8"):
+                found = times.get((row["net"], f"{runtime} {kind}"))
+                cells.append(f"{found['ms']:.1f}" + ("" if found["verdict"] == "ok" else "?") if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+class Rows:
+    """Lines of a file, each written once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: list[dict[str, Any]] = (
+            [json.loads(s) for s in path.read_text().splitlines()] if path.exists() else []
+        )
+
+    def has(self, **keys: Any) -> bool:
+        """Whether a row has these values."""
+        return any(all(row.get(k) == v for k, v in keys.items()) for row in self.done)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row."""
+        print(json.dumps(row), flush=True)
+        self.done.append(row)
+        with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def compared(task: str, level: int, steps: int, photographs: Path, test: Path, out: Path, rows: Rows) -> str:
+    """All rows of one task; returns its note, which names it."""
+    data, large = data_of(task, level, steps, photographs, test)
+    note = data.notes[0]
+    key = re.sub(r"[^A-Za-z0-9]+", "-", note)
+
+    def full(name: str, model: nn.Module, first: Path | None = None) -> None:
+        if rows.has(notes=note, net=name):
+            return
+        started = time.monotonic()
+        slug = f"{key}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
+        if first is None:
+            half(model, 0, data, out / f"{slug}.0.safetensors")
+        half(model, 1, data, out / f"{slug}.1.safetensors")
+        rows.add(measure(name, model, data, large, out, time.monotonic() - started))
+
+    def fresh(make: Make) -> nn.Module:
+        torch.manual_seed(0)
+        return make()
+
+    name = "bicubic" if task == "sr" else "the input itself"
+    if not rows.has(notes=note, net=name):
+        row: dict[str, Any] = {"task": task, "notes": note, "net": name, "parameters": 0, "macs": 0}
+        plain = task != "sr"
+        rows.add(
+            {**row, "float": judged(nn.Identity(), data)} if plain else measure(name, Bicubic(2), data, large, out)
+        )
+    for name, make in (SR if task == "sr" else RESTORERS).items():
+        full(name, fresh(make))
+    if task == "sr":
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", BASE)
+        trained = out / f"{key}-{slug}.0.safetensors"
+        for part in PARTS:
+            for method in METHODS:
+                name = f"{BASE} / {part}, {method}"
+                if not rows.has(notes=note, net=name):
+                    base = half(fresh(SR[BASE]), 0, data, trained)
+                    full(name, pruned(base, data, part, method), trained)
+    return note
+
+
+def timed(out: Path, rows: Rows, times: Rows) -> None:
+    """Each net's files interleaved with X-SRResNet's."""
+    nets = {row["net"]: row for row in rows.done if row["task"] == "sr" and "files" in row}
+    with open_device("local", say=print) as device:
+        for net in (n for n in TIMED if n in nets and n != BASE):
+            for key, path in nets[net]["files"].items():
+                if times.has(net=net, file=key):
+                    continue
+                found = compare(device, out / nets[BASE]["files"][key], out / path, PROTOCOL)
+                ratio = found.ratio
+                base = found.a.interval.median
+                facts = {"verdict": found.verdict, "ratio": [ratio.median, ratio.lower, ratio.upper], "base": base}
+                times.add({"net": net, "file": key, "ms": found.b.interval.median, **facts})
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("photographs", type=Path, help="folder made by python -m xedge.benchmarks.photographs")
+    parser.add_argument("--tasks", nargs="+", choices=list(SIDE), default=list(SIDE))
+    parser.add_argument("--steps", type=int, default=1600, help="of every net; denoising and deblocking take half")
+    parser.add_argument("--no-time", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    out = arguments.out
+    test = test_pictures(arguments.photographs, out)
+    rows, times = Rows(out / "rows.jsonl"), Rows(out / "times.jsonl")
+    levels = {"sr": (2,), "denoise": (30, 50), "deblock": (10, 20, 30)}
+    notes = [
+        compared(task, level, arguments.steps // (1 if task == "sr" else 2), arguments.photographs, test, out, rows)
+        for task in arguments.tasks
+        for level in levels[task]
+    ]
+    if "sr" in arguments.tasks and not arguments.no_time:
+        timed(out, rows, times)
+    clock = {(t["net"], t["file"]): t for t in times.done}
+    for t in times.done:
+        clock.setdefault((BASE, t["file"]), {"ms": t["base"], "verdict": t["verdict"]})
+    for note in notes:
+        found = [row for row in rows.done if row["notes"] == note]
+        print("\n" + table(found, clock if found[0]["task"] == "sr" else {}) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
