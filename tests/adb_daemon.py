@@ -1,6 +1,7 @@
 """A phone's side of adb, over TCP: CNXN, AUTH, OPEN, OKAY, WRTE, CLSE; shell v1 and v2; sync. For tests.
 
     python adb_daemon.py PORTFILE [FLAG]...     old: shell v1 only   stranger: trusts nobody   flip: damages a push
+                                                cut:WORDS: drops the connection, once, where the host says WORDS
 
 Its shell is this host's, its files are this host's. It keeps to what the real adbd does when a stream dies: SIGHUP to
 the shell alone, and the pipes are closed; everything else is up to who is tested.
@@ -210,6 +211,9 @@ class Phone:
 
     def handle(self, command: bytes, first: int, second: int, data: bytes) -> None:
         stream = self.streams.get(second)
+        for flag in [flag for flag in self.flags if flag.startswith("cut:") and flag[4:].encode() in data]:
+            self.flags.discard(flag)
+            raise EOFError
         if command == b"AUTH" or (command == b"CNXN" and "stranger" in self.flags):
             self.send(b"AUTH", 1, 0, os.urandom(20))  # whatever was signed: another token to sign
         elif command == b"CNXN":
@@ -248,9 +252,10 @@ def main() -> None:
     part = Path(sys.argv[1] + ".part")
     part.write_text(str(listener.getsockname()[1]))
     part.rename(sys.argv[1])
+    flags = set(sys.argv[2:])
     while True:
         connection, _ = listener.accept()
-        threading.Thread(target=Phone(connection, set(sys.argv[2:])).serve, daemon=True).start()
+        threading.Thread(target=Phone(connection, flags).serve, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -212,6 +212,33 @@ def test_a_phone_that_dies_mid_run_is_no_success(any_phone: Phone, tmp_path: Pat
     there.close()
 
 
+@pytest.mark.parametrize("words", ["xedge.lock", "SEND", "wwww", "mv ", "XEDGE_MARK", "RECV"])
+def test_a_connection_cut_in_any_phase_is_a_device_error_and_leaves_nothing(
+    phone: Callable[..., Phone], words: str, tmp_path: Path
+) -> None:
+    """The lock, a push before, within and after its data, a command, and the return of what it printed."""
+    one = phone(f"cut:{words}")
+    (tmp_path / "net").write_bytes(b"w" * 300_000)
+
+    def use() -> None:
+        with contextlib.closing(Adb(one.serial, wait=5.0)) as there:
+            remote = there.push(tmp_path / "net")
+            there.run(tree(tmp_path / "pids", 0), 20)
+            there.pull(remote, tmp_path / "back")
+
+    with pytest.raises(DeviceError) as caught:
+        use()
+    assert caught.value.exit_code == 5
+    assert "\n" not in str(caught.value)
+    assert one.serial in str(caught.value) or "cannot fetch" in str(caught.value)
+    assert not list(tmp_path.glob("back*"))
+    assert not (tmp_path / "pids").exists() or all_gone(tmp_path / "pids")
+    subprocess.run(["adb", "disconnect", one.serial], capture_output=True, timeout=20, check=False)
+    use()  # plugged in again it is of use: the lock is free
+    assert (tmp_path / "back").read_bytes() == b"w" * 300_000
+    assert comes_true(lambda: not list(Path(adb.BASE).iterdir()))
+
+
 def test_a_phone_that_freezes_is_given_up(
     phone: Callable[..., Phone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
