@@ -174,12 +174,15 @@ class Seen:
 
 
 def at_hand() -> list[str]:
-    """This host, the device files in the folder `devices`, and the phones that adb knows and no file has."""
+    """This host, the device files in the folder `devices`, and the phones that adb knows and no file has.
+
+    Files of browsers are left out: somebody has to open a link for each.
+    """
     from xedge.transports.adb import attached
 
-    files = sorted(map(str, Path("devices").glob("*.toml")))
-    named = {read_description(Path(file)).address for file in files}
-    return ["local", *files, *(a for a in (f"adb://{serial}" for serial in attached()) if a not in named)]
+    found = {str(file): read_description(file).address for file in sorted(Path("devices").glob("*.toml"))}
+    files = [file for file, address in found.items() if address.partition("://")[0] not in _BROWSERS]
+    return ["local", *files, *(a for a in (f"adb://{serial}" for serial in attached()) if a not in found.values())]
 
 
 def look(device: str) -> Seen:

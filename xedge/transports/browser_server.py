@@ -254,6 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
             desk.changed.notify_all()
         self._head(200, "application/x-ndjson", None)
         try:
+            self.wfile.write(b"\n" * 1024)  # a browser may hold back the first bytes until there are more
             while True:
                 with desk.changed:
                     line = desk.lines.popleft() if desk.lines else None
