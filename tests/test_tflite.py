@@ -28,6 +28,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import nn
 
 from xedge.errors import UnsupportedGraph, UsageError
+from xedge.models.mobilenet import mobilenet_v1
+from xedge.models.resnet import resnet20
 from xedge.targets import tflite
 
 # ---------------------------------------------------------------------------------------------- making QDQ graphs
@@ -461,6 +463,11 @@ class Mixture(nn.Module):
         return self.head(self.pool(y).flatten(1))
 
 
+def efficientnet_lite0() -> nn.Module:
+    lite = pytest.importorskip("efficientnet_lite_pytorch", reason="needs efficientnet-lite-pytorch")
+    return lite.EfficientNet.from_name("efficientnet-lite0")
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], float]] = {
     # The last number: least SNR in dB between LiteRT and ONNX Runtime on the same int8 graph. Every layer rounds to the
     # nearest step, but LiteRT's fixed-point rescaling turns some ties the other way (about 0.3 % of the elements, one
@@ -469,6 +476,9 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], float]] = {
     "lenet": (lenet, (1, 28, 28), 38.0),
     "superresolution": (SuperResolution, (3, 12, 12), 35.0),
     "mixture": (Mixture, (3, 32, 32), 30.0),
+    "resnet20": (resnet20, (3, 32, 32), 24.0),
+    "mobilenet_v1": (lambda: mobilenet_v1(10), (3, 64, 64), 24.0),
+    "efficientnet_lite0": (efficientnet_lite0, (3, 64, 64), 24.0),
     "resnet18": (torchvision.models.resnet18, (3, 64, 64), 24.0),
     "mobilenet_v2": (torchvision.models.mobilenet_v2, (3, 64, 64), 33.0),
     "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, (3, 64, 64), 28.0),
@@ -530,6 +540,20 @@ def test_lenet_is_within_one_step(exported: Exported) -> None:
         data = tflite.convert(int8)
         assert set(operators(data)) == {"CONV_2D", "MAX_POOL_2D", "RESHAPE"}
         assert np.abs(tflite.runner(data, reference=True)(x) - expected(int8, x)).max() <= 1.01 * step(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("superresolution", 1), ("mobilenet_v1", 1), ("mobilenet_v2", 1), ("efficientnet_lite0", 1), ("resnet20", 2)],
+)
+def test_whole_nets_on_the_reference_kernels(name: str, steps: int, exported: Exported) -> None:
+    """From the picture to the logits, rounding of all layers included: a tie that two kernels round apart stays one
+    step, or in a sum of residuals becomes two."""
+    model, x = exported(name)
+    int8 = quantized(model, x)
+    data = tflite.convert(int8)
+    apart = np.abs(tflite.runner(data, reference=True)(x) - expected(int8, x)).max()
+    assert apart <= 1.01 * steps * step(data)
 
 
 @pytest.mark.filterwarnings("ignore")  # ONNX Runtime's quantiser advises to optimise first
