@@ -20,6 +20,7 @@ from xedge.models.upscale import Bicubic
 from xedge.onnx_graph import export_float
 from xedge.prune import certificate
 from xedge.resample import imresize
+from xedge.sizes import resized
 from xedge.targets.tflite import convert, runner
 
 
@@ -75,6 +76,9 @@ def test_the_fixed_bicubic_is_matlabs_at_every_pixel_everywhere(scale: int) -> N
     session = ort.InferenceSession(proto.SerializeToString())
     np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], truth, atol=1e-6)
     np.testing.assert_allclose(runner(convert(proto))(x.numpy()), truth, atol=1e-6)
+    other = resized(export_float(layer, (3, 5, 6), 17), 9, 7)  # the mirrored borders move with the size
+    session = ort.InferenceSession(other.SerializeToString())
+    np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], truth, atol=1e-6)
 
 
 # Small, but with every part: (scale, options)
