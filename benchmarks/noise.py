@@ -8,6 +8,7 @@ RUN is a folder of `xedge compress` on labelled data. The deviation is in units 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -36,31 +37,45 @@ def answers(model: nn.Module, images: Images, deviation: float) -> tuple[Tensor,
     return torch.cat(logits), torch.cat(labels)
 
 
+def plot(rows: Mapping[tuple[str, str, int], Sequence[float]], path: Path) -> None:
+    """A panel a net, a line a seed. `rows`: (net, original or pruned, seed) -> top-1 at each deviation."""
+    mpl.use("agg")
+    nets = list(dict.fromkeys(net for net, _, _ in rows))
+    figure = Figure(figsize=(3.6 * len(nets), 3.0), layout="constrained")
+    panels = figure.subplots(1, len(nets), sharey=True, squeeze=False)[0]
+    for panel, net in zip(panels, nets, strict=True):
+        for which, look in (("original", "C7--"), ("pruned", "C0-")):
+            lines = [row for (n, w, _), row in rows.items() if (n, w) == (net, which)]
+            for i, row in enumerate(lines):
+                label = which if i == 0 else None
+                panel.plot(DEVIATIONS, [100 * v for v in row], look, marker=".", label=label)
+        panel.set(title=net, xlabel="deviation of the noise")
+        panel.legend(frameon=False)
+    panels[0].set(ylabel="top-1, %")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    mpl.use("agg")
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    axes = figure.subplots()
     print("| top-1, % under noise of deviation | " + " | ".join(f"{d:g}" for d in DEVIATIONS) + " |")
     print("|---" * (len(DEVIATIONS) + 1) + "|")
-    for colour, run in enumerate(arguments.runs):
+    rows: dict[tuple[str, str, int], list[float]] = {}
+    for run in arguments.runs:
         request = Request.from_json(read_json(run / "run.json"), str(run))
         loaded = load_everything(request)
         original = loaded.factory()
         original.load_state_dict(load_file(run / "original.safetensors"))
-        for name, model, style in (("original", original.eval(), "--"), ("pruned", rebuild(run), "-")):
+        for name, model in (("original", original.eval()), ("pruned", rebuild(run))):
             row = [topk(*answers(model, loaded.data.val, d)) for d in DEVIATIONS]
-            label = f"{request.model}, seed {request.seed}, {name}"
-            print(f"| {label} | " + " | ".join(f"{100 * v:.1f}" for v in row) + " |", flush=True)
-            axes.plot(DEVIATIONS, [100 * v for v in row], style, color=f"C{colour}", marker=".", label=label)
-    axes.set(xlabel="deviation of the noise", ylabel="top-1, %")
-    axes.legend(fontsize=7)
+            cells = " | ".join(f"{100 * v:.1f}" for v in row)
+            print(f"| {request.model}, seed {request.seed}, {name} | {cells} |", flush=True)
+            rows[request.model, name, request.seed] = row
     if arguments.plot:
-        figure.savefig(arguments.plot, dpi=110)
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":
