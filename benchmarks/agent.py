@@ -2,6 +2,7 @@
 
     python agent.py --model F --runtime onnxruntime|litert|tflite-runtime [--threads 1] [--seconds 1] [--min-runs 100]
     python agent.py --model F --runtime R --input X.npy --output Y.npy      # no timing: outputs, for parity
+    python agent.py --bundle F.zip --runtime R [--rounds 10]                # many small models, in turns
 
 The device only counts nanoseconds; every statistic is made on the host from the raw numbers. The output is JSON, one
 object a line, in this order, and a reader must refuse an output without the last one (a connection that dies looks
@@ -14,6 +15,11 @@ like success in some shells):
     {"kind": "probe", "when": "after", "ns": [...]}
     {"kind": "facts", "when": "after", ...}
     {"kind": "end", "lines": 6}
+
+With --bundle each model of the zip file, by its name there, gives one line in place of warm-up and runs; the models take
+turns in a new order in each round, so that a drift of the device falls on all of them alike:
+
+    {"kind": "member", "name": "...", "ns": [[...], ...]}   one list for each round, of which the first is the warm-up
 
 An error is one line {"kind": "error", "error": "..."} and exit code 2 for a bad request, 3 where the runtime is not
 installed, 4 where the runtime refuses the model or fails.
@@ -29,6 +35,7 @@ import os
 import platform
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -74,7 +81,7 @@ class Model:
 class OnnxRuntime(Model):
     """Inputs and outputs are bound once, so that a run is the graph and not Python's copies around it."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, source: str | bytes, threads: int) -> None:
         import onnxruntime
 
         self.runtime_version = str(onnxruntime.__version__)
@@ -85,7 +92,7 @@ class OnnxRuntime(Model):
         if platform.machine() in _X86:
             # Without VNNI, uint8 x int8 kernels saturate in 16 bits: fast, and wrong. Time only what computes right.
             options.add_session_config_entry("session.x64quantprecision", "1")
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.inputs = []
         for given in self._session.get_inputs():
             if given.type not in _NUMPY:
@@ -111,7 +118,7 @@ class OnnxRuntime(Model):
 class TensorFlowLite(Model):
     """ai-edge-litert, or its predecessor tflite-runtime: the same Interpreter."""
 
-    def __init__(self, path: str, threads: int, runtime: str) -> None:
+    def __init__(self, source: str | bytes, threads: int, runtime: str) -> None:
         if runtime == "litert":
             from importlib.metadata import version
 
@@ -123,7 +130,8 @@ class TensorFlowLite(Model):
             from tflite_runtime.interpreter import Interpreter
 
             self.runtime_version = str(tflite_runtime.__version__)
-        self._interpreter = Interpreter(model_path=path, num_threads=threads)
+        given = {"model_path": source} if isinstance(source, str) else {"model_content": source}
+        self._interpreter = Interpreter(num_threads=threads, **given)
         self._interpreter.allocate_tensors()
         details = self._interpreter.get_input_details()
         self.inputs = [(d["name"], tuple(int(s) for s in d["shape"]), d["dtype"]) for d in details]
@@ -139,17 +147,17 @@ class TensorFlowLite(Model):
         return self._interpreter.get_tensor(self._result)
 
 
-def load(path: str, runtime: str, threads: int) -> Model:
-    """The model, ready to run; AgentError 3 where the runtime is absent, 4 where it refuses the file."""
+def load(source: str | bytes, runtime: str, threads: int, name: str = "") -> Model:
+    """The model, a file or its bytes, ready to run; AgentError 3 where the runtime is absent, 4 where it refuses it."""
     try:
-        return OnnxRuntime(path, threads) if runtime == "onnxruntime" else TensorFlowLite(path, threads, runtime)
+        return OnnxRuntime(source, threads) if runtime == "onnxruntime" else TensorFlowLite(source, threads, runtime)
     except AgentError:
         raise
     except ImportError as error:
         package = "ai-edge-litert" if runtime == "litert" else runtime
         raise AgentError(f"{runtime} is not installed here ({error}): pip install {package}", 3) from error
     except Exception as error:  # the runtimes raise anything, down to bare RuntimeError
-        raise AgentError(f"{runtime} refuses {os.path.basename(path)}: {error}", 4) from error
+        raise AgentError(f"{runtime} refuses {name or os.path.basename(str(source))}: {error}", 4) from error
 
 
 def made_input(shape: tuple[int, ...], dtype: Any, rng: Any) -> Any:
@@ -364,6 +372,41 @@ def first_facts(path: str, runtime: str, model: Model, threads: int, seed: int) 
     return found
 
 
+def visit(invoke: Callable[[], None], seconds: float, least: int) -> list[int]:
+    """Nanoseconds of each run, until both `seconds` and `least` runs are reached."""
+    return timed(invoke, seconds, least, 60.0, 1000)
+
+
+def in_turns(wish: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
+    """Time every model of a bundle."""
+    models: dict[str, Model] = {}
+    rng = np.random.default_rng(wish.seed)
+    try:
+        with zipfile.ZipFile(wish.bundle) as bundle:
+            for name in bundle.namelist():
+                models[name] = load(bundle.read(name), wish.runtime, wish.threads, name)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise AgentError(f"cannot read {wish.bundle}: {error}", 2) from error
+    if not models:
+        raise AgentError(f"{wish.bundle} holds no model", 2)
+    for model in models.values():
+        model.set([made_input(shape, dtype, rng) for _, shape, dtype in model.inputs])
+    say(first_facts(wish.bundle, wish.runtime, next(iter(models.values())), wish.threads, wish.seed))
+    ns: dict[str, list[list[int]]] = {name: [] for name in models}
+    names = list(models)
+    before = probe()
+    for _ in range(wish.rounds + 1):
+        rng.shuffle(names)
+        for name in names:
+            ns[name].append(visit(models[name].invoke, wish.visit_seconds, wish.visit_runs))
+    after = probe()
+    say({"kind": "probe", "when": "before", "ns": before})
+    for name, rounds in ns.items():
+        say({"kind": "member", "name": name, "ns": rounds})
+    say({"kind": "probe", "when": "after", "ns": after})
+    say(facts("after"))
+
+
 def outputs(model: Model, batch: Any) -> Any:
     """The model's first output for each picture of `batch` [N, ...], run in the model's own batch size."""
     if len(model.inputs) != 1:
@@ -388,7 +431,9 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; AgentError 2 when it is wrong."""
     parser = _Parser(prog="agent.py", description="Time one model on this device; raw nanoseconds as JSON lines.")
-    parser.add_argument("--model", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model")
+    what.add_argument("--bundle", help="a .zip of models to be timed in turns")
     parser.add_argument("--runtime", required=True, choices=RUNTIMES)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpus", help="pin to these cores, such as 4,5,6,7")
@@ -398,6 +443,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-runs", type=int, default=20_000, help="kept in the output")
     parser.add_argument("--warmup-seconds", type=float, default=0.2, help="warm up at least so long")
     parser.add_argument("--warmup-cap", type=float, default=30.0, help="not steady by then: say so and go on")
+    parser.add_argument("--rounds", type=int, default=10, help="of a bundle, after the first")
+    parser.add_argument("--visit-seconds", type=float, default=0.001, help="of each model of a bundle in each round")
+    parser.add_argument("--visit-runs", type=int, default=5, help="likewise, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--input", help=".npy [N, ...] in the model's input type, in place of random numbers")
     parser.add_argument("--output", help=".npy for the outputs of --input; nothing is timed then")
@@ -406,18 +454,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise AgentError("--threads and --min-runs start at 1, --max-runs at --min-runs, --seed at 0", 2)
     if wish.output and not wish.input:
         raise AgentError("--output needs --input", 2)
+    if wish.bundle and wish.input:
+        raise AgentError("--bundle takes no --input", 2)
+    if wish.rounds < 1 or wish.visit_runs < 1:
+        raise AgentError("--rounds and --visit-runs start at 1", 2)
     return wish
 
 
 def work(wish: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
     """Do what the command line asks; `say` prints one line."""
-    if not os.path.isfile(wish.model):
-        raise AgentError(f"no model file {wish.model}", 2)
+    if not os.path.isfile(wish.model or wish.bundle):
+        raise AgentError(f"no model file {wish.model or wish.bundle}", 2)
     if wish.cpus:
         try:
             os.sched_setaffinity(0, {int(core) for core in wish.cpus.split(",")})
         except (ValueError, OSError) as error:
             raise AgentError(f"cannot pin to cores {wish.cpus}: {error}", 2) from error
+    if wish.bundle:
+        in_turns(wish, say)
+        return
     batch = None
     if wish.input:
         try:

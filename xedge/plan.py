@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,13 @@ class Budget:
         macs: fraction of the original's multiply-adds to keep, 0 < macs <= 1.
         max_drop: largest fall of accuracy (of agreement, without labels) in points of 1, 0.005 for 0.5 %.
         bits: mean bits a weight, 1 < bits <= 8.
+        latency: milliseconds on the device, in place of `macs`.
     """
 
     macs: float | None = None
     max_drop: float | None = None
     bits: float = 8.0
+    latency: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,22 @@ class Plan:
         return cls(**{**value, "notes": tuple(value["notes"])})
 
 
+class CostModel(Protocol):
+    """What a plan costs, in the unit of the budget. `removed` maps groups to the channels that they lose."""
+
+    def widths(self, group: str, now: int, original: int, align: int) -> list[int]:
+        """The widths a group may take, from `now` downwards."""
+
+    def total(self, removed: Mapping[str, int]) -> float:
+        """Of the whole model."""
+
+    def saving(self, group: str, count: int, removed: Mapping[str, int]) -> float:
+        """What taking `count` more channels from a group saves."""
+
+    def words(self, cost: float) -> str:
+        """A cost with its unit."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """Multiply-adds of every layer as a function of how many channels each group lost.
@@ -75,15 +93,19 @@ class Costs:
         layers: layer -> (MACs now, {axis: positions now}).
         uses: group -> [(layer, axis, positions a channel)].
         stems: groups of which `STEM_KEEP` stays.
+        outside: MACs that no layer does.
     """
 
     layers: dict[str, tuple[int, dict[int, int]]]
     uses: dict[str, list[tuple[str, int, int]]]
     stems: frozenset[str] = frozenset()
+    outside: int = 0
 
     @classmethod
-    def of(cls, layer_macs: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], groups: Groups) -> Costs:
-        """From the MACs of each layer, the shape of each parameter and the channel groups."""
+    def of(
+        cls, layer_macs: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], groups: Groups, total: int = 0
+    ) -> Costs:
+        """From the MACs of each layer, the shape of each parameter, the channel groups and the model's MACs."""
         layers = {
             name: (macs, dict(enumerate(shapes[f"{name}.weight"])))
             for name, macs in layer_macs.items()
@@ -93,7 +115,8 @@ class Costs:
         for g in groups.groups:
             rows = {(s.layer, s.axis, s.index.shape[1]) for s in g.slices if s.param == f"{s.layer}.weight"}
             uses[g.name] = sorted(row for row in rows if row[0] in layers)
-        return cls(layers, uses, frozenset(g.name for g in groups.groups if g.stem))
+        outside = max(0, total - sum(macs for macs, _ in layers.values()))
+        return cls(layers, uses, frozenset(g.name for g in groups.groups if g.stem), outside)
 
     def widths(self, group: str, now: int, original: int, align: int) -> list[int]:
         """`widths` of a group, with what it must keep."""
@@ -114,17 +137,26 @@ class Costs:
 
     def total(self, removed: Mapping[str, int]) -> float:
         """MACs of the model once each group lost `removed` channels."""
-        left = {name: dict(axes) for name, (_, axes) in self.layers.items()}
-        for group, count in removed.items():
-            for layer, axis, r in self.uses.get(group, []):
-                left[layer][axis] -= r * count
-        value = 0.0
+        left = self.left(removed)
+        value = float(self.outside)
         for name, (macs, axes) in self.layers.items():
             part = float(macs)
             for axis, size in axes.items():
                 part *= left[name][axis] / size
             value += part
         return value
+
+    def left(self, removed: Mapping[str, int]) -> dict[str, dict[int, int]]:
+        """layer -> {axis of its weight: positions} once each group lost `removed` channels."""
+        left = {name: dict(axes) for name, (_, axes) in self.layers.items()}
+        for group, count in removed.items():
+            for layer, axis, r in self.uses.get(group, []):
+                left[layer][axis] -= r * count
+        return left
+
+    def words(self, cost: float) -> str:
+        """A cost with its unit."""
+        return f"{cost / 1e6:.2f} M MACs"
 
     def saving(self, group: str, count: int, removed: Mapping[str, int]) -> float:
         """MACs that taking `count` more channels from a group saves."""
@@ -160,30 +192,30 @@ def widths(now: int, original: int, align: int, keep: float = MIN_KEEP) -> list[
     return [now, *range((now - 1) // align * align, least - 1, -align)] if now > least else [now]
 
 
-def reachable(costs: Costs, sizes: Mapping[str, tuple[int, int]], align: int) -> float:
-    """The fewest MACs any plan can leave. `sizes` maps a group to its channels (now, original)."""
+def reachable(costs: CostModel, sizes: Mapping[str, tuple[int, int]], align: int) -> float:
+    """The least any plan can leave. `sizes` maps a group to its channels (now, original)."""
     return costs.total({g: now - costs.widths(g, now, original, align)[-1] for g, (now, original) in sizes.items()})
 
 
 def allocate(
     scores: Mapping[str, NDArray[np.float64]],
-    costs: Costs,
+    costs: CostModel,
     target: float,
     *,
     originals: Mapping[str, int],
     align: int,
     between: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> Keep:
-    """Choose which channels stay so that the model has at most `target` MACs.
+    """Choose which channels stay so that the model costs at most `target`.
 
     Args:
         scores: group -> importance of each channel that is there now.
-        costs: the model's MACs.
-        target: MACs to reach.
+        costs: the model's MACs, or milliseconds.
+        target: what to reach, in that unit.
         originals: group -> channels the original had.
         align: widths are multiples of this.
         between: scores, with a unit that holds across groups, that decide how many channels each group loses: again
-            and again the ones with the least importance for each multiply-add they save. `scores` then decide which.
+            and again the ones with the least importance for what they save. `scores` then decide which.
             Without them every group keeps the same part.
 
     Raises:
@@ -194,9 +226,9 @@ def allocate(
     least = reachable(costs, sizes, align)
     if least > target * (1 + 1e-9):
         raise UsageError(
-            f"the MACs budget cannot be met: {target / 1e6:.2f} M asked, {least / 1e6:.2f} M is the least that "
+            f"the budget cannot be met: {costs.words(target)} asked, {costs.words(least)} is the least that "
             f"widths in multiples of {align}, {MIN_KEEP:.1%} of each layer and {STEM_KEEP:.0%} of the stem leave",
-            fix="ask for more MACs, use a target with a smaller align, or --prune-stem",
+            fix="ask for more, use a target with a smaller align, or --prune-stem",
         )
     width = _uniform(steps, costs, target) if between is None else _global(between, steps, costs, target)
     _refill(width, between, steps, costs, target)
@@ -208,17 +240,17 @@ def allocate(
     return keep
 
 
-def _uniform(steps: Mapping[str, list[int]], costs: Costs, target: float) -> dict[str, int]:
+def _uniform(steps: Mapping[str, list[int]], costs: CostModel, target: float) -> dict[str, int]:
     def at(ratio: float) -> dict[str, int]:
         return {g: min(w, key=lambda v, n=w[0]: (abs(v - n * ratio), -v)) for g, w in steps.items()}  # type: ignore[misc]
 
-    def macs(width: Mapping[str, int]) -> float:
+    def cost(width: Mapping[str, int]) -> float:
         return costs.total({g: steps[g][0] - w for g, w in width.items()})
 
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        if macs(at(middle)) <= target:
+        if cost(at(middle)) <= target:
             low = middle
         else:
             high = middle
@@ -226,7 +258,7 @@ def _uniform(steps: Mapping[str, list[int]], costs: Costs, target: float) -> dic
 
 
 def _global(
-    scores: Mapping[str, NDArray[np.float64]], steps: Mapping[str, list[int]], costs: Costs, target: float
+    scores: Mapping[str, NDArray[np.float64]], steps: Mapping[str, list[int]], costs: CostModel, target: float
 ) -> dict[str, int]:
     prefix = {g: np.concatenate([[0.0], np.cumsum(np.sort(s))]) for g, s in scores.items()}
     at = dict.fromkeys(scores, 0)
@@ -260,7 +292,7 @@ def _refill(
     width: dict[str, int],
     scores: Mapping[str, NDArray[np.float64]] | None,
     steps: Mapping[str, list[int]],
-    costs: Costs,
+    costs: CostModel,
     target: float,
 ) -> None:
     """Widths come in steps, so the last step overshoots: give back what still fits under the target, dearest first, or

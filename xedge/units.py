@@ -1,0 +1,321 @@
+"""What a runtime runs as one: the units of a float ONNX graph, and each by itself as an artefact of any width.
+
+A unit is a convolution, linear layer, addition, pooling or other operator with the activation that is fused into it.
+Its key says everything that decides its time but the numbers of channels and a fused clamp, so that layers of one kind
+and size share their measurements.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from xedge.errors import UnsupportedGraph
+from xedge.export import write_flavour
+from xedge.onnx_graph import WEIGHTED, Graph
+from xedge.quantize import ScaleTable, WeightScale
+from xedge.ranges import groups_of, transposed
+from xedge.rounding import channel_axis
+from xedge.target import Target
+
+Positions = Mapping[str, Mapping[int, int]]
+"""layer -> {axis of its weight: positions left}, as `plan.Costs.left` gives them."""
+
+FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Cast", "Shape", "Constant", "Transpose")
+"""Operators that move nothing in the artefact, or that it does not have."""
+RANGE = (-4.0, 4.0)
+"""Of every activation of a unit: times do not depend on it."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """How many channels a tensor has: `fixed`, and the positions of some axes of some layers' weights."""
+
+    axes: tuple[tuple[str, int], ...] = ()
+    fixed: int = 0
+
+    def at(self, left: Positions) -> int:
+        """With the positions that are left."""
+        return self.fixed + sum(left[layer][axis] for layer, axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit.
+
+    Attributes:
+        key: kind, attributes and sizes.
+        kind: ``dense``, ``pointwise``, ``depthwise``, ``grouped``, ``linear``, or the operator's name.
+        layer: whose weight it has, or "".
+        inside, outside: channels read and written; equal, and one number, where the kernel is channel by channel.
+        nodes: the ONNX nodes, the activation last.
+        sizes: of its tensors with the original's channels; constants are not among them.
+        constants: the values of the constants that it reads, weight and bias excepted.
+        bias: whether the weighted node has one.
+    """
+
+    key: str
+    kind: str
+    layer: str
+    inside: Width
+    outside: Width
+    nodes: tuple[NodeProto, ...]
+    sizes: Mapping[str, tuple[int, ...]]
+    constants: Mapping[str, NDArray[Any]]
+    bias: bool = False
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether `inside` says it all."""
+        return self.inside == self.outside
+
+    @property
+    def layers(self) -> set[str]:
+        """Those whose widths its time depends on."""
+        return {layer for layer, _ in (*self.inside.axes, *self.outside.axes)}
+
+    def widths(self, left: Positions) -> tuple[int, int]:
+        """(inside, outside) with the positions that are left."""
+        return self.inside.at(left), self.outside.at(left)
+
+
+def units_of(proto: ModelProto) -> list[Unit]:
+    """The units of a float graph, in order."""
+    graph = Graph(proto)
+    found, done = [], set[str]()
+    for node in graph.nodes:
+        out = node.output[0]
+        inputs = [n for n in node.input if n and not graph.is_constant(n)]
+        if out in done or node.op_type in FREE or not inputs:
+            continue
+        nodes = [node]
+        if node.op_type == "MatMul" and graph.is_constant(node.input[1]):
+            nodes += _bias_of(graph, out)
+        if graph.fused_activation(nodes[-1].output[0]):
+            nodes.append(graph.consumers[nodes[-1].output[0]][0])
+        done.update(n.output[0] for n in nodes)
+        found.append(_unit(graph, nodes))
+    return found
+
+
+def _bias_of(graph: Graph, name: str) -> list[NodeProto]:
+    """The addition of a constant behind a matrix product."""
+    after = graph.consumers.get(name, [])
+    return after if len(after) == 1 and after[0].op_type == "Add" and any(map(graph.is_constant, after[0].input)) else []
+
+
+def _unit(graph: Graph, nodes: list[NodeProto]) -> Unit:
+    node = nodes[0]
+    produced = {n.output[0] for n in nodes}
+    read = dict.fromkeys(n for m in nodes for n in m.input if n and n not in produced)
+    inputs = [n for n in read if not graph.is_constant(n)]
+    sizes = {n: graph.shapes[n] for n in (*inputs, nodes[-1].output[0])}
+    weighted = node.op_type in WEIGHTED and graph.is_constant(node.input[1])
+    kept = [n for n in read if graph.is_constant(n) and not (weighted and n in node.input[1:3])]
+    constants = {n: np.asarray(graph.array(n)) for n in kept}
+    layer, kind = "", node.op_type
+    inside = outside = _width(graph, nodes[-1].output[0])
+    if weighted:
+        layer = node.input[1].removesuffix(".weight")
+        kind = _kind(graph, node)
+        if kind != "depthwise":
+            axis = 1 if node.op_type != "ConvTranspose" else 0
+            groups = groups_of(node) if node.op_type in ("Conv", "ConvTranspose") else 1
+            inside = Width(((layer, axis),)) if groups == 1 else _width(graph, node.input[0])
+            outside = Width(((layer, 1 - axis),))
+    return Unit(
+        _key(graph, nodes, inputs, kept, kind), kind, layer, inside, outside, tuple(nodes), sizes, constants,
+        weighted and len(node.input) > 2,
+    )  # fmt: skip
+
+
+def _kind(graph: Graph, node: NodeProto) -> str:
+    if node.op_type in ("Gemm", "MatMul"):
+        return "linear"
+    w = graph.array(node.input[1]).shape
+    groups = groups_of(node)
+    if groups > 1:
+        return "depthwise" if node.op_type == "Conv" and groups == w[0] and w[1] == 1 else "grouped"
+    return "pointwise" if all(n == 1 for n in w[2:]) else "dense"
+
+
+def _key(graph: Graph, nodes: list[NodeProto], inputs: list[str], kept: list[str], kind: str) -> str:
+    """Everything but names and numbers of channels."""
+    words = [kind]
+    fused = graph.fused_activation(nodes[-2].output[0]) if len(nodes) > 1 else False
+    for n in nodes[:-1] if fused else nodes:
+        given = {a.name: helper.get_attribute_value(a) for a in n.attribute if a.name != "group" or kind == "grouped"}
+        words.append(f"{n.op_type}({','.join(f'{k}={given[k]}' for k in sorted(given))})")
+        words += ["bias"] * (n is nodes[0] and kind in _WEIGHTED_KINDS and len(n.input) > 2)
+    for name in inputs:
+        shape = graph.shapes[name]
+        words.append("x".join(map(str, (*shape[:1], "C", *shape[2:]))))
+    for name in kept:
+        value = graph.array(name)
+        if fused and name in nodes[-1].input:
+            continue
+        words.append(str(value.tolist()) if value.size <= 8 else str(value.shape))
+    return " ".join(words)
+
+
+_WEIGHTED_KINDS = ("dense", "pointwise", "depthwise", "grouped", "linear")
+
+
+def _width(graph: Graph, name: str, depth: int = 0) -> Width:
+    """The channels (axis 1) of a tensor: those that the layers before it write."""
+    shape = graph.shapes.get(name, ())
+    fixed = Width(fixed=shape[1] if len(shape) > 1 else 1)
+    node = graph.producer.get(name)
+    if node is None or depth > 1000:
+        return fixed
+    if node.op_type in WEIGHTED and graph.is_constant(node.input[1]):
+        return Width(((node.input[1].removesuffix(".weight"), 0 if node.op_type != "ConvTranspose" else 1),))
+    inputs = [n for n in node.input if n and not graph.is_constant(n)]
+    if node.op_type == "Concat":
+        parts = [_width(graph, n, depth + 1) for n in inputs]
+        return Width(tuple(a for p in parts for a in p.axes), sum(p.fixed for p in parts))
+    for n in inputs:
+        before = graph.shapes.get(n, ())
+        if len(before) > 1 and before[1] == fixed.fixed:
+            return _width(graph, n, depth + 1)
+    return fixed
+
+
+# -- a unit by itself ------------------------------------------------------------------------------------------------
+
+
+def alone(unit: Unit, inside: int, outside: int, opset: int) -> ModelProto:
+    """A float model of one unit with these channels, its weights drawn at random."""
+    rng = np.random.default_rng(0)
+    node, weighted = unit.nodes[0], unit.kind in _WEIGHTED_KINDS
+    out = unit.nodes[-1].output[0]
+    channels = unit.sizes[out][1] if len(unit.sizes[out]) > 1 else 1
+    initializers, inputs, nodes = [], [], [onnx.NodeProto.FromString(n.SerializeToString()) for n in unit.nodes]
+    for name, shape in unit.sizes.items():
+        if name != out:
+            shape = (*shape[:1], _share(shape, channels, inside, weighted=weighted), *shape[2:])
+            inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    for name, value in unit.constants.items():
+        cut = value
+        for axis, size in enumerate(value.shape):
+            if size == channels and value.ndim >= 1 and value.size > 1 and value.dtype == np.float32:
+                cut = np.resize(cut.take(range(min(outside, size)), axis), (*cut.shape[:axis], outside, *cut.shape[axis + 1 :]))
+                break
+        initializers.append(numpy_helper.from_array(np.ascontiguousarray(cut), name))
+    if weighted:
+        shape = _weight_shape(unit, node, inside, outside)
+        w = rng.standard_normal(shape).astype(np.float32) / max(1.0, float(np.sqrt(np.prod(shape[1:]))))
+        initializers.append(numpy_helper.from_array(w, node.input[1]))
+        if unit.bias:
+            initializers.append(numpy_helper.from_array(np.zeros(outside, np.float32), node.input[2]))
+        if unit.kind == "depthwise":
+            _set(nodes[0], "group", outside)
+    graph = helper.make_graph(nodes, "unit", inputs, [onnx.ValueInfoProto(name=out)], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    shapes = Graph(model)
+    if out not in shapes.shapes or 0 in shapes.shapes[out]:
+        raise UnsupportedGraph("its shape is not known before it runs", where=unit.key)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(out, TensorProto.FLOAT, shapes.shapes[out]))
+    return model
+
+
+def _share(shape: tuple[int, ...], channels: int, width: int, *, weighted: bool) -> int:
+    """An input's channels when the unit has `width`; a part of them where the unit joins several."""
+    if weighted or len(shape) < 2 or shape[1] == channels:
+        return width if len(shape) > 1 else 1
+    return shape[1] if shape[1] == 1 else max(1, round(shape[1] * width / channels))
+
+
+def _weight_shape(unit: Unit, node: NodeProto, inside: int, outside: int) -> tuple[int, ...]:
+    if node.op_type in ("Gemm", "MatMul"):
+        return (outside, inside) if node.op_type == "Gemm" and transposed(node) else (inside, outside)
+    kernel = next(tuple(a.ints) for a in node.attribute if a.name == "kernel_shape")
+    if unit.kind == "depthwise":
+        return (outside, 1, *kernel)
+    groups = groups_of(node)
+    if node.op_type == "ConvTranspose":
+        return (inside, outside // groups, *kernel)
+    return (outside, max(1, inside // groups), *kernel)
+
+
+def _set(node: NodeProto, name: str, value: int) -> None:
+    kept = [a for a in node.attribute if a.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+
+def plain_table(proto: ModelProto, keep_float: str | None = None) -> ScaleTable:
+    """Scales that make the graph integer where a real quantisation would: good for its time, not for its answers."""
+    graph = Graph(proto)
+    weights, floats = {}, set[str]()
+    for node in graph.weighted():
+        name = node.input[1]
+        if keep_float is not None and re.search(keep_float, name.removesuffix(".weight")):
+            floats.add(graph.written(node))
+            continue
+        w = np.asarray(graph.array(name), np.float32)
+        axis = channel_axis(node)
+        top = np.abs(w).max(axis=tuple(a for a in range(w.ndim) if a != axis))
+        scale = (np.where(top > 0, top, 1) / 127).astype(np.float32)
+        lined = scale.reshape([-1 if a == axis else 1 for a in range(w.ndim)])
+        bias = np.asarray(graph.array(node.input[2]), np.float32) if len(node.input) > 2 else None
+        bits = np.full(len(scale), 8, np.uint8)
+        layer = name.removesuffix(".weight")
+        weights[name] = WeightScale(layer, scale, bits, axis, np.rint(w / lined).astype(np.int8), bias)
+    return ScaleTable(weights, {n: RANGE for n in graph.activations() if n not in floats})
+
+
+def artefact(proto: ModelProto, target: Target, keep_float: str | None = None) -> bytes:
+    """The target's file for a float graph, with `plain_table`'s scales."""
+    return _compiled(write_flavour(proto, plain_table(proto, keep_float), target.flavour), target)
+
+
+def unit_artefact(unit: Unit, inside: int, outside: int, target: Target) -> bytes:
+    """The target's file for one unit with these channels."""
+    return compiled_unit(alone(unit, inside, outside, target.opset), target)
+
+
+def compiled_unit(proto: ModelProto, target: Target) -> bytes:
+    """The target's file for a float graph that is to stand for a part of a model: it takes and gives integers."""
+    flavoured = write_flavour(proto, plain_table(proto), target.flavour)
+    if target.flavour == "onnxruntime":
+        _open_ends(flavoured)
+    return _compiled(flavoured, target)
+
+
+def _compiled(flavoured: ModelProto, target: Target) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="xedge-") as folder:
+        source = Path(folder) / "unit.onnx"
+        onnx.save(flavoured, source)
+        (Path(folder) / "made").mkdir()
+        return target.compile(source, Path(folder) / "made", "unit").read_bytes()
+
+
+def _open_ends(model: ModelProto) -> None:
+    """Let a unit take and give integers: in the midst of a model nothing is converted at its ends. (LiteRT's writer
+    leaves them out by itself, and TensorRT's graphs have them in the midst as well.)"""
+    graph = Graph(model)
+    gone = []
+    for value in model.graph.input:
+        after = graph.consumers.get(value.name, [])
+        if len(after) == 1 and after[0].op_type == "QuantizeLinear":
+            gone.append(after[0])
+            shape = graph.shapes[value.name]
+            value.CopyFrom(helper.make_tensor_value_info(after[0].output[0], graph.types[after[0].output[0]], shape))
+    for value in model.graph.output:
+        before = graph.producer.get(value.name)
+        if before is not None and before.op_type == "DequantizeLinear" and before.input[0] in graph.producer:
+            gone.append(before)
+            shape = graph.shapes[value.name]
+            value.CopyFrom(helper.make_tensor_value_info(before.input[0], graph.types[before.input[0]], shape))
+    for node in gone:
+        model.graph.node.remove(node)
