@@ -16,8 +16,8 @@ like success in some shells):
     {"kind": "facts", "when": "after", ...}
     {"kind": "end", "lines": 6}
 
-With --bundle each model of the zip file, by its name there, gives one line in place of warm-up and runs; the models take
-turns in a new order in each round, so that a drift of the device falls on all of them alike:
+With --bundle each model of the zip file, by its name there, gives one line in place of warm-up and runs. The models
+take turns in a new order in each round, so that a drift of the device falls on all of them alike:
 
     {"kind": "member", "name": "...", "ns": [[...], ...]}   one list for each round, of which the first is the warm-up
 

@@ -33,7 +33,7 @@ from xedge import load
 from xedge.batchnorm import input_statistics
 from xedge.benchmarks.results import PHOTOGRAPHS
 from xedge.benchmarks.zoo import efficientnet_lite0
-from xedge.choose import Settings, choose
+from xedge.choose import Settings, choose, costs_of
 from xedge.data import Data, at_once, batches
 from xedge.groups import find_groups
 from xedge.judge import charbonnier
@@ -91,7 +91,8 @@ def ours(model: nn.Module, data: Data, case: Case, seed: int, options: dict[str,
     teacher = choose_teacher(None, data, base.shape[1])
     target = case.macs * macs(model, data.shape).total
     sizes = {g.name: g.size for g in groups.groups}
-    choice = choose(model, groups, data, teacher, settings, target, base, sizes)
+    costs = costs_of(model, data.shape, groups)
+    choice = choose(model, groups, data, teacher, settings, costs, target, base, sizes)
     assert choice is not None
     print(f"    allocation {choice.how}, {choice.tried}", flush=True)
     observed = choice.observed if settings.fold else None

@@ -24,7 +24,7 @@ from torch.utils.data import Subset
 from xedge import load
 from xedge.benchmarks.peers_pruning import base_model
 from xedge.channels import Groups
-from xedge.choose import Settings, choose
+from xedge.choose import Settings, choose, costs_of
 from xedge.data import Data, batches
 from xedge.groups import find_groups
 from xedge.iterate import compose
@@ -78,7 +78,17 @@ def run(original: nn.Module, data: Data, seed: int, *, regrow: bool) -> tuple[fl
     for index in range(CUTS):
         now = groups.after(total)
         target = whole * GOAL ** ((index + 1) / CUTS)
-        choice = choose(current, now, data, Teacher("labels", data.classes), settings, target, base, sizes)
+        choice = choose(
+            current,
+            now,
+            data,
+            Teacher("labels", data.classes),
+            settings,
+            costs_of(current, data.shape, now),
+            target,
+            base,
+            sizes,
+        )
         assert choice is not None
         first = first or choice.scores
         cutting = cut_and_fold(current, now, choice.keep, data.train, {}, choice.observed, sequential=choice.sequential)

@@ -109,6 +109,12 @@ def assemble(
         f"{'tiles taken as one picture' if judge.restores else 'images'}, read for this report alone; "
         f"float after pruning: " + _quality(verified["float"])
     )
+    if request.latency is not None:
+        notes.append(
+            f"latency budget {request.latency:g} ms on {request.device}; the original: {result.records[0]['spent']}"
+        )
+        rows_of = (f"iteration {r['index']}: {r['predicted']} predicted, {r['spent']}" for r in result.records[1:])
+        notes += rows_of
     prices = [r["price"] for r in result.records if r.get("price")]
     price = None
     if prices and result.chosen:

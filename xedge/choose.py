@@ -23,7 +23,7 @@ from xedge.groups import Groups
 from xedge.judge import Judge
 from xedge.metrics import macs
 from xedge.observe import Observed, observe
-from xedge.plan import Budget, Costs, Keep, allocate, reachable
+from xedge.plan import Budget, CostModel, Costs, Keep, allocate, reachable
 from xedge.refit import cut_and_fold, head
 from xedge.teacher import Teacher
 from xedge.train import predict
@@ -36,9 +36,9 @@ CHOSEN = 1024
 """Images of `select` that compare allocations."""
 HOWS = ("uniform", "global", "di", "taylor")
 """How many channels each group loses: the same part of each; by the criterion's own scores, by the exact greedy losses
-of DI, or by Taylor's, each for the multiply-adds it saves."""
+of DI, or by Taylor's, each for the multiply-adds or the time it saves."""
 STOPS = ("budget", "energy")
-"""What ends the iteration: the MACs budget and the floor, or structural energy and the floor."""
+"""What ends the iteration: the budget and the floor, or structural energy and the floor."""
 BISECTIONS = 6
 
 
@@ -91,6 +91,7 @@ def choose(
     data: Data,
     teacher: Teacher,
     settings: Settings,
+    costs: CostModel,
     target: float,
     base_logits: Tensor,
     originals: Mapping[str, int],
@@ -103,7 +104,8 @@ def choose(
         data: its training part ranks, `select` compares.
         teacher: of the discriminant information.
         settings: criterion, allocation, align, stop.
-        target: MACs to reach.
+        costs: of the net as it is.
+        target: what to reach, in their unit.
         base_logits: the original's answers on `select`.
         originals: group -> channels the original had.
 
@@ -112,11 +114,9 @@ def choose(
     """
     observed = observe_training(model, now, data, teacher, settings, gradients=True)
     scores = score_all(load.load_criterion(settings.criterion), now, observed)
-    costs = costs_of(model, data.shape, now)
-    outside = macs(model, data.shape).total - costs.total({})
     sizes = {n: originals[n] for n in scores}
-    reach = reachable(costs, {n: (now[n].size, sizes[n]) for n in scores}, settings.align) + outside
-    if reach >= costs.total({}) + outside or not scores:
+    reach = reachable(costs, {n: (now[n].size, sizes[n]) for n in scores}, settings.align)
+    if reach >= costs.total({}) or not scores:
         return None
     target = max(target, reach)  # an iteration may have to stop short; the loop ends when nothing more goes
     hows = HOWS if settings.allocation is None else (settings.allocation,)
@@ -143,7 +143,7 @@ def choose(
         return _by_energy(now, costs, settings, scores, observed, sizes, felt, judge.quality(reference, y, reference))
 
     def by(how: str, align: int) -> Keep:
-        return allocate(scores, costs, target - outside, originals=sizes, align=align, between=ranks.get(how))
+        return allocate(scores, costs, target, originals=sizes, align=align, between=ranks.get(how))
 
     tried: dict[str, tuple[float, Keep]] = {}
     for how in hows:
@@ -164,7 +164,7 @@ def choose(
 
 def _by_energy(
     now: Groups,
-    costs: Costs,
+    costs: CostModel,
     settings: Settings,
     scores: dict[str, Any],
     observed: Observed,
@@ -228,7 +228,8 @@ def score_all(criterion: Criterion, groups: Groups, observed: Observed) -> dict[
 def costs_of(model: nn.Module, shape: tuple[int, ...], groups: Groups) -> Costs:
     """MACs of the model as it is, by layer and group."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return Costs.of(macs(model, shape).layers, shapes, groups)
+    count = macs(model, shape)
+    return Costs.of(count.layers, shapes, groups, count.total)
 
 
 def observe_training(

@@ -160,6 +160,8 @@ def main() -> None:
 @click.option("--data-root", type=click.Path(), help="Folder of the data set's files.")
 @click.option("--target", "targets", multiple=True, help="Repeat for several artefacts of one run.  [jetson]")
 @click.option("--macs", type=FRACTION, help="Fraction of the MACs to keep.  [0.5 where no budget is given]")
+@click.option("--latency", type=DURATION, help="Largest latency on --device, 30ms, in place of --macs.")
+@click.option("--device", help="Where it is timed: ssh://USER@HOST, adb://SERIAL, FILE.toml, local.  [local]")
 @click.option(
     "--max-drop", type=DROP, help="Largest fall of accuracy, 0.5%, or of PSNR, 0.2dB.  [1% or 0.2dB likewise]"
 )
@@ -180,7 +182,7 @@ def main() -> None:
 @click.option("--codebook", is_flag=True, default=None, help="Layers share values of any spacing.  [equal steps]")
 @click.option("--qat", type=int, help="Epochs of training through the roundings.  [0]")
 @click.option("--epochs", type=int, help="Epochs of training after each cut.  [3]")
-@click.option("--iterations", type=int, help="Cuts on the way to the MACs budget.  [4]")
+@click.option("--iterations", type=int, help="Cuts on the way to the budget.  [4]")
 @click.option("--base-epochs", type=click.IntRange(1), help="Epochs for a built-in model without weights.")
 @click.option("--lr", type=float, help="Highest learning rate.  [0.02; for pictures 0.0005]")
 @click.option("--batch", type=int, help="Images a training step.  [128; of pictures 16]")
@@ -198,7 +200,7 @@ def main() -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder.  [runs/MODEL-DATA-DIGEST]")
 @click.option("--resume", is_flag=True, help="Go on with the run in -o; it knows its own options.")
 @click.option("--dry-run", is_flag=True, help="Print groups, plan and predicted cost; write nothing.")
-@click.option("--bench/--no-bench", "timed", default=True, help="Time the artefacts on this host at the end.")
+@click.option("--bench/--no-bench", "timed", default=True, help="Time the artefacts at the end.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def compress(
@@ -276,18 +278,21 @@ def _print_report(report: Report, folder: Path) -> None:
 
 
 def _judge(request: Request, report: Report, folder: Path) -> None:
-    """Exit code 4 when the floor was broken, or stopped the run before its MACs budget."""
+    """Exit code 4 when the floor was broken, or stopped the run before its budget; 3 or 7 for the latency."""
     from xedge.errors import AccuracyMissed
     from xedge.judge import fall
     from xedge.run import read_json
 
     verified = read_json(folder / "verify.json")
     budget = request.budget(restores="psnr" in verified["original"])
-    if report.stopped_by.startswith("floor") and budget.macs is not None:
+    asked = f"--latency {budget.latency:g}ms" if budget.latency is not None else f"--macs {budget.macs}"
+    if report.stopped_by.startswith("floor") and (budget.macs is not None or budget.latency is not None):
         raise AccuracyMissed(
-            f"the accuracy floor stopped the run before --macs {budget.macs:g}: {report.stopped_by}",
-            fix="allow a larger --max-drop, train longer with --epochs, or keep more MACs",
+            f"the accuracy floor stopped the run before {asked}: {report.stopped_by}",
+            fix="allow a larger --max-drop, train longer with --epochs, or ask for less",
         )
+    if budget.latency is not None:
+        _judge_latency(report, budget.latency)
     if budget.max_drop is None:
         return
     for name in verified["targets"]:
@@ -304,6 +309,23 @@ def _judge(request: Request, report: Report, folder: Path) -> None:
                 f"that cannot be told from --max-drop {fell.say(budget.max_drop)}",
                 err=True,
             )
+
+
+def _judge_latency(report: Report, budget_ms: float) -> None:
+    """By the artefact's own measurement; without one (--no-bench), by the last net's that was timed whole."""
+    from xedge.errors import Inconclusive, LatencyMissed
+
+    timed = [row.latency for row in report.rows if row.name == "compressed" and row.latency is not None]
+    if not timed:
+        if report.stopped_by.startswith("widths"):
+            raise LatencyMissed(f"--latency {budget_ms:g}ms was not met: {report.stopped_by}", fix="allow more time")
+        return
+    t = timed[0]
+    words = f"{t.median_ms:.4g} ms [{t.lower_ms:.4g}, {t.upper_ms:.4g}] on {t.device} for --latency {budget_ms:g}ms"
+    if t.lower_ms > budget_ms:
+        raise LatencyMissed(f"{words}: {report.stopped_by}", fix="allow more time, or a larger --max-drop")
+    if t.upper_ms > budget_ms:
+        raise Inconclusive(words, fix="measure longer: xedge bench RUN --device D --protocol reference")
 
 
 @main.command()

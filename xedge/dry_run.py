@@ -11,6 +11,7 @@ from xedge import load
 from xedge.choose import HOWS, costs_of, score_all
 from xedge.criteria import greedy, taylor
 from xedge.data import at_once, batches, enough
+from xedge.errors import UsageError
 from xedge.groups import find_groups
 from xedge.metrics import macs
 from xedge.observe import observe
@@ -22,6 +23,8 @@ from xedge.request import Request, load_everything
 def dry_run(request: Request, talk: Talk | None = None) -> dict[str, Any]:
     """Groups, plan and predicted cost. Nothing is written, nothing is trained."""
     talk = talk or Talk(quiet=True)
+    if request.latency is not None:
+        raise UsageError("--dry-run measures nothing, and --latency is planned by measurement", fix="leave one out")
     loaded = load_everything(request)
     original = loaded.model.eval()
     groups = find_groups(
@@ -29,10 +32,9 @@ def dry_run(request: Request, talk: Talk | None = None) -> dict[str, Any]:
     )
     costs = costs_of(original, loaded.data.shape, groups)
     total = macs(original, loaded.data.shape).total
-    outside = total - costs.total({})
     align = loaded.settings.align
     sizes = {g.name: (g.size, g.size) for g in groups.free}
-    least = reachable(costs, sizes, align) + outside
+    least = reachable(costs, sizes, align)
     budget = loaded.settings.budget
     goal = (budget.macs if budget.macs is not None else least / total) * total
     talk.say("ranking channels" if not loaded.trained_here else "untrained: equal shares of every layer")
@@ -49,8 +51,8 @@ def dry_run(request: Request, talk: Talk | None = None) -> dict[str, Any]:
     plans = {}
     whole = {g.name: g.size for g in groups.free}
     for how in [h for h in HOWS if h in ranks and request.allocation in (None, h)]:
-        keep = allocate(scores, costs, goal - outside, originals=whole, align=align, between=ranks[how])
-        left = costs.total({n: int((~k).sum()) for n, k in keep.items()}) + outside
+        keep = allocate(scores, costs, goal, originals=whole, align=align, between=ranks[how])
+        left = costs.total({n: int((~k).sum()) for n, k in keep.items()})
         plans[how] = {"macs": left, "keep": {n: int(k.sum()) for n, k in keep.items()}}
     return {
         "model": request.model,

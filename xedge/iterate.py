@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xedge.batchnorm import input_statistics
-from xedge.choose import Settings, choose, costs_of, observe_training
+from xedge.choose import Settings, choose, observe_training
 from xedge.criteria.di import EPS, scale, solve
 from xedge.data import Data
-from xedge.errors import UsageError
 from xedge.groups import Groups
 from xedge.judge import Judge
+from xedge.meter import Meter
 from xedge.metrics import agreement, macs
 from xedge.observe import Observed
-from xedge.plan import Keep, loss_of, reachable
+from xedge.plan import CostModel, Keep, loss_of
 from xedge.progress import Talk
 from xedge.prune import apply_spec, cut_spec, prune
 from xedge.refit import cut_and_fold
@@ -38,7 +38,7 @@ from xedge.teacher import Teacher
 from xedge.train import Recipe, fit, predict
 
 STEP = 0.15
-"""Without a MACs budget each iteration takes this part of what is left."""
+"""Without a budget each iteration takes this part of what is left."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,6 @@ def information(observed: Observed, groups: Groups, keep: Keep | None = None) ->
     return out
 
 
-def check_reach(model: nn.Module, shape: tuple[int, ...], groups: Groups, settings: Settings) -> None:
-    """Raises UsageError when no widths of the original's groups leave few enough MACs."""
-    goal = settings.budget.macs
-    if goal is None:
-        return
-    total, costs = macs(model, shape).total, costs_of(model, shape, groups)
-    sizes = {g.name: (g.size, g.size) for g in groups.free}
-    least = reachable(costs, sizes, settings.align) + (total - costs.total({}))
-    if least > goal * total:
-        raise UsageError(
-            f"the MACs budget of {goal:.1%} cannot be met: {least / total:.1%} is the least that the channels "
-            f"which can be cut leave in multiples of {settings.align}",
-            fix="raise --macs, try --prune-stem, or see `xedge compress --dry-run` for what stays and why",
-        )
-
-
 def ps_iteration(
     run: Run,
     factory: Callable[[], nn.Module],
@@ -113,12 +97,14 @@ def ps_iteration(
     data: Data,
     teacher: Teacher,
     settings: Settings,
+    meter: Meter,
     talk: Talk,
 ) -> Result:
-    """Cut and train until the MACs budget is met or the accuracy on `select` falls below the floor.
+    """Cut and train until the budget, of MACs or of time, is met or the accuracy on `select` falls below the floor.
 
     Raises:
         UsageError: no widths reach the MACs budget.
+        LatencyMissed: none reach the latency budget, by the table.
     """
     judge = Judge.of(data)
     total_macs = macs(original, data.shape).total
@@ -133,23 +119,32 @@ def ps_iteration(
         }
     ]  # fmt: skip
     total: Keep = {g.name: np.ones(g.size, bool) for g in groups.groups}
-    goal = settings.budget.macs
-    check_reach(original, data.shape, groups, settings)
+    first = spent = meter.spent(0, original, weights)
+    goal = None if meter.goal is None else meter.goal / first.cost
+    meter.check(original, groups, settings.align, spent)
+    records[0]["spent"] = spent.words
     sizes_before = {g.name: g.size for g in groups.groups}
     best = (original, total, 0)
-    current, stopped, reason = original, "budget", "no MACs budget below the original was asked"
+    current, stopped, reason = original, "budget", "no budget below the original was asked"
     index = 0
     previous: Path = weights
-    while index < settings.iterations if settings.stop == "energy" else _over(records[-1]["macs"], goal, total_macs):
+    while index < settings.iterations if settings.stop == "energy" else _over(spent.cost, meter.goal):
         index += 1
-        target = _next(records[-1]["macs"] / total_macs, goal, settings, index) * total_macs
+        aimed = None if goal is None else goal * meter.aim
+        target = _next(spent.cost / first.cost, aimed, settings, index) * first.cost * (spent.typical / spent.cost)
         inputs = {"weights": previous, "groups": groups_file, "target": target, **_facts(settings), "data": data.name}
         now, model = groups.after(total), current
+        costs = meter.costs(model, now, spent)
 
         def plan(
-            path: Path, now: Groups = now, model: nn.Module = model, target: float = target, i: int = index
+            path: Path,
+            now: Groups = now,
+            model: nn.Module = model,
+            costs: CostModel = costs,
+            target: float = target,
+            i: int = index,
         ) -> None:
-            record = _plan(model, now, data, teacher, settings, target, base_logits, sizes_before, talk, i)
+            record = _plan(model, now, data, teacher, settings, costs, target, base_logits, sizes_before, talk, i)
             path.write_text(json.dumps(record, sort_keys=True) + "\n")
 
         plan_file = run.step(f"prune/{index:03d}.json", inputs, plan)
@@ -161,6 +156,7 @@ def ps_iteration(
             break
         groups = groups.freeze({name: why for name, why in record["put_back"] if name in groups})
         then = {n: _mask(kept, now[n].size) for n, kept in record["keep"].items()}
+        predicted = costs.words(costs.total({n: int((~mask).sum()) for n, mask in then.items()}))
         total = compose(total, then)
 
         def tune(
@@ -204,10 +200,12 @@ def ps_iteration(
         with safe_open(previous, "pt") as f:
             meta = json.loads(f.metadata()["record"])
         seconds = meta["seconds"] + record["seconds"]
-        records.append({**{k: v for k, v in record.items() if k not in ("keep", "cut")}, **meta, "seconds": seconds})
         current = restore(factory(), groups, total, previous)
+        spent = meter.spent(index, current, previous)
+        kept_facts = {k: v for k, v in record.items() if k not in ("keep", "cut")}
+        records.append({**kept_facts, **meta, "seconds": seconds, "predicted": predicted, "spent": spent.words})
         talk.say(
-            f"  iteration {index}: {meta['macs'] / total_macs:.1%} of MACs, {judge.kind} on held-back training data "
+            f"  iteration {index}: {spent.words}, {judge.kind} on held-back training data "
             f"{judge.say(meta['quality'])} (original {judge.say(base)}), allocation {record['allocation']}"
         )
         if floor is not None and meta["quality"] < floor - 1e-12:
@@ -218,14 +216,14 @@ def ps_iteration(
             )
             break
         best = (current, total, index)
-        reason = f"the MACs budget was met at {meta['macs'] / total_macs:.1%} of the original"
+        reason = f"the budget was met at {spent.words}"
         if settings.stop == "energy":
             stopped, reason = "energy", f"{index} iterations by structural energy were done"
     return Result(best[0], best[1], groups, tuple(records), stopped, reason, best[2])
 
 
-def _over(now: float, goal: float | None, total: float) -> bool:
-    return goal is None or now > goal * total * (1 + 1e-9)
+def _over(now: float, goal: float | None) -> bool:
+    return goal is None or now > goal * (1 + 1e-9)
 
 
 def _facts(settings: Settings) -> dict[str, Any]:
@@ -239,7 +237,7 @@ def _mask(kept: list[int], size: int) -> Any:
 
 
 def _next(now: float, goal: float | None, settings: Settings, index: int) -> float:
-    """The next MACs fraction: a fixed part less, or equal ratios to the goal."""
+    """The next fraction of the original's cost: a fixed part less, or equal ratios to the goal."""
     if goal is None or settings.step is not None:
         return max(goal or 0.0, now * (1 - (settings.step or STEP)))
     left = max(1, settings.iterations - index + 1)
@@ -252,6 +250,7 @@ def _plan(
     data: Data,
     teacher: Teacher,
     settings: Settings,
+    costs: CostModel,
     target: float,
     base_logits: Tensor,
     originals: Mapping[str, int],
@@ -261,7 +260,7 @@ def _plan(
     """One iteration's choice, as JSON."""
     started = time.monotonic()
     talk.say(f"  iteration {index}: ranking channels by {settings.criterion}")
-    choice = choose(model, now, data, teacher, settings, target, base_logits, originals)
+    choice = choose(model, now, data, teacher, settings, costs, target, base_logits, originals)
     if choice is None:
         return {"cut": False}
     proven = prune(model, now, choice.keep, torch.stack([data.train[0][0]]))

@@ -17,10 +17,12 @@ import io
 import json
 import os
 import re
+import tempfile
 import zipfile
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from xedge.device import Device, open_device
 from xedge.errors import DeviceError, UsageError
-from xedge.intervals import Interval, median
+from xedge.intervals import median
 from xedge.measure import TOLERANCE, agent_lines, agent_path, runtime_for
 from xedge.plan import Costs
 from xedge.run import digest_file, digest_json, write_atomically
@@ -106,6 +108,20 @@ class Table:
     stairs: Mapping[str, int]
     points: int
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        grids = {k: {**g.__dict__, "ns": g.ns.tolist()} for k, g in self.grids.items()}
+        return {**self.__dict__, "grids": grids}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Table:
+        """The inverse of `to_json`."""
+        grids = {
+            k: Grid(tuple(g["inside"]), tuple(g["outside"]), np.array(g["ns"]), g["stair"])
+            for k, g in value["grids"].items()
+        }
+        return cls(**{**value, "grids": grids})
+
     def unit_ms(self, key: str, inside: int, outside: int) -> float:
         """What a unit adds to a model's time."""
         return max(0.0, self.grids[key].at(inside, outside) - self.nothing) / 1e6
@@ -164,7 +180,9 @@ class LatencyCosts:
 # -- which points ----------------------------------------------------------------------------------------------------
 
 
-def wanted(units: Sequence[Unit], most: Positions, least: Positions, align: int) -> dict[str, tuple[list[int], list[int]]]:
+def wanted(
+    units: Sequence[Unit], most: Positions, least: Positions, align: int
+) -> dict[str, tuple[list[int], list[int]]]:
     """key -> the widths inside and outside at which it is to be measured, from the least to the most a plan can leave.
 
     Channel by channel there is one width, which is the one outside.
@@ -350,21 +368,13 @@ class _Bundle:
         return {p: [runs[0] for _, _, raw in kept for runs in [raw[p]]] for p in self._points}
 
 
-class _file:
+@contextmanager
+def _file(data: bytes) -> Iterator[Path]:
     """A bundle's bytes as a file, for as long as it is pushed."""
-
-    def __init__(self, data: bytes) -> None:
-        import tempfile
-
-        self._folder = tempfile.TemporaryDirectory(prefix="xedge-")
-        self._path = Path(self._folder.name) / "units.zip"
-        self._path.write_bytes(data)
-
-    def __enter__(self) -> Path:
-        return self._path
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+    with tempfile.TemporaryDirectory(prefix="xedge-") as folder:
+        path = Path(folder) / "units.zip"
+        path.write_bytes(data)
+        yield path
 
 
 def _nothing(opset: int) -> Any:
@@ -395,7 +405,13 @@ def cache_folder() -> Path:
 def cache_file(device: Device, target: Target, facts: Mapping[str, Any]) -> Path:
     """Of a device, by what it is and how the artefacts for it are written."""
     known = {k: facts.get(k) for k in _STABLE}
-    own = [device.name, list(device.cpus), target.flavour, target.suffix, digest_file(Path(__file__).with_name("units.py"))]
+    own = [
+        device.name,
+        list(device.cpus),
+        target.flavour,
+        target.suffix,
+        digest_file(Path(__file__).with_name("units.py")),
+    ]
     name = re.sub(r"[^A-Za-z0-9.]+", "-", device.name).strip("-") or "device"
     return cache_folder() / f"{name}-{digest_json([known, own])[:16]}.json"
 
@@ -408,7 +424,9 @@ class _Cache:
         self.raw: Raw = {}
         try:
             rows = json.loads(path.read_text())
-            self.raw = {(str(k), int(i), int(o)): [[int(t) for t in p] for p in ns] for k, i, o, ns in rows if ns and all(ns)}
+            self.raw = {
+                (str(k), int(i), int(o)): [[int(t) for t in p] for p in ns] for k, i, o, ns in rows if ns and all(ns)
+            }
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError):
@@ -425,9 +443,8 @@ class _Cache:
 # -- a whole model ---------------------------------------------------------------------------------------------------
 
 
-def corrected(costs: LatencyCosts, measured: Interval | float) -> LatencyCosts:
-    """With the scale at which the model as it is takes what was measured (a time in ms, or an interval's upper end)."""
-    time = measured.upper if isinstance(measured, Interval) else measured
-    base = LatencyCosts(costs.macs, costs.units, costs.table)
+def corrected(costs: LatencyCosts, measured: float) -> LatencyCosts:
+    """With the scale at which the model as it is takes what was measured, in ms."""
     idle = costs.table.nothing / 1e6
-    return LatencyCosts(costs.macs, costs.units, costs.table, max(1e-3, (time - idle) / max(base.total({}) - idle, 1e-9)))
+    units = replace(costs, scale=1.0).total({}) - idle
+    return replace(costs, scale=max(1e-3, (measured - idle) / max(units, 1e-9)))

@@ -30,9 +30,11 @@ from xedge.equalize import equalize
 from xedge.errors import UsageError
 from xedge.export import write_flavour
 from xedge.groups import Groups, find_groups
-from xedge.iterate import Result, check_reach, ps_iteration
+from xedge.iterate import Result, ps_iteration
 from xedge.judge import Judge
-from xedge.metrics import topk
+from xedge.load import load_target
+from xedge.meter import MacsMeter, Meter, latency_meter
+from xedge.metrics import macs, topk
 from xedge.onnx_graph import export_float
 from xedge.pack import pack
 from xedge.plan import Plan
@@ -92,8 +94,9 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
 
         talk.say("3-6/8 PS-iteration")
         result = ps_iteration(
-            run, loaded.factory, original, weights, groups, groups_file, data, loaded.teacher, loaded.settings, talk
-        )
+            run, loaded.factory, original, weights, groups, groups_file, data, loaded.teacher, loaded.settings,
+            _meter(run, loaded, original, weights, groups, groups_file, talk), talk,
+        )  # fmt: skip
         talk.say(f"  stopped by {result.stopped_by}: {result.reason}")
         model_file = run.step(
             "model.safetensors",
@@ -148,7 +151,8 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         timed = None
         if bench:
             timed = run.step(
-                "latency.json", {**models, **{f"original{s}": f for s, f in originals.items()}},
+                "latency.json",
+                {**models, **{f"original{s}": f for s, f in originals.items()}, "device": request.device or "local"},
                 lambda p: _latency(loaded, models, originals, p, talk),
             )  # fmt: skip
         report = assemble(run.folder, loaded, original, result, table, read_json(verified), timed, models, originals)
@@ -165,7 +169,27 @@ def _within_reach(loaded: Loaded) -> None:
     """
     example = torch.stack([loaded.data.train[0][0]])
     groups = find_groups(loaded.model, example, exclude=loaded.request.exclude, prune_stem=loaded.request.prune_stem)
-    check_reach(loaded.model, loaded.data.shape, groups, loaded.settings)
+    meter = _macs_meter(loaded, loaded.model)
+    meter.check(loaded.model, groups, loaded.settings.align, meter.spent(0, loaded.model, Path()))
+
+
+def _macs_meter(loaded: Loaded, model: nn.Module) -> MacsMeter:
+    shape = loaded.data.shape
+    return MacsMeter(shape, macs(model, shape).total, loaded.settings.budget.macs)
+
+
+def _meter(
+    run: Run, loaded: Loaded, original: nn.Module, weights: Path, groups: Groups, groups_file: Path, talk: Talk
+) -> Meter:
+    """Of MACs, or of milliseconds on the device that was given."""
+    request, latency = loaded.request, loaded.settings.budget.latency
+    if latency is None or request.device is None:
+        return _macs_meter(loaded, original)
+    plain = run.step("original.onnx", {"model": weights}, lambda p: _export(original, loaded, p))
+    return latency_meter(
+        run, request.device, loaded.timed, original, loaded.data.shape, plain, groups,
+        {"graph": plain, "groups": groups_file}, latency, request.keep_float, talk,
+    )  # fmt: skip
 
 
 def _base_facts(loaded: Loaded) -> dict[str, Any]:
@@ -288,15 +312,18 @@ def _baseline(run: Run, target: Target, plain: Path) -> Path:
 
 
 def _latency(loaded: Loaded, models: dict[str, Path], originals: dict[str, Path], path: Path, talk: Talk) -> None:
-    """A first look at this host's latency: original and compressed in interleaved fresh processes."""
+    """A first look at the latency: original and compressed in interleaved fresh processes, on the device or here."""
     from xedge.device import open_device
     from xedge.measure import QUICK, compare
     from xedge.measurement import to_json
 
     out = {}
-    with open_device("local", say=lambda line: talk.say(f"  {line}")) as device:
+    address = loaded.request.device or "local"
+    with open_device(address, say=lambda line: talk.say(f"  {line}")) as device:
         for target in loaded.targets:
-            talk.say(f"  timing {target.name} on this host: original and compressed, interleaved")
+            if device.target is not None and load_target(device.target).name != target.name:
+                continue
+            talk.say(f"  timing {target.name} on {device.name}: original and compressed, interleaved")
             comparison = compare(device, originals[target.suffix], models[target.name], QUICK)
             out[target.name] = to_json(comparison)
     path.write_text(json.dumps(out))

@@ -15,8 +15,10 @@ from xedge import __version__, load
 from xedge.choose import HOWS, STOPS, Settings
 from xedge.criteria.fdr import need_classes
 from xedge.data import Data, check
+from xedge.device import describe
 from xedge.errors import UsageError, nearest
 from xedge.judge import Drop, Judge, amount
+from xedge.measure import runtime_for
 from xedge.plan import Budget
 from xedge.quantize import Sensitivity
 from xedge.ranges import RangeRule
@@ -47,6 +49,8 @@ class Request:
     data_root: str | None = None
     targets: tuple[str, ...] = ("jetson",)
     macs: float | None = None
+    latency: float | None = None
+    device: str | None = None
     max_drop: Drop | None = None
     criterion: str = "fback"
     teacher: str | None = None
@@ -92,9 +96,9 @@ class Request:
         usual = DEFAULT_DROP_DB if restores else DEFAULT_BUDGET.max_drop
         if self.stop == "energy":
             return Budget(None, usual if drop is None else drop, self.bits)
-        if self.macs is None and drop is None:
+        if self.macs is None and self.latency is None and drop is None:
             return Budget(DEFAULT_BUDGET.macs, usual, self.bits)
-        return Budget(self.macs, drop, self.bits)
+        return Budget(self.macs, drop, self.bits, self.latency)
 
     def quantisation(self) -> dict[str, Any]:
         """What decides step 7."""
@@ -191,6 +195,25 @@ class Loaded:
         return None if given is None else amount(given, "--bits-drop", restores=self.data.restores)
 
     @property
+    def timed(self) -> Target:
+        """The target that a latency budget is for: the device's, or the only one.
+
+        Raises:
+            UsageError: the device and the targets leave it open.
+        """
+        device = self.request.device
+        name = describe(device).target if device is not None else None
+        wanted = load.load_target(name).name if name is not None else None
+        found = [t for t in self.targets if wanted in (None, t.name)]
+        if len(found) != 1:
+            have = ", ".join(t.name for t in self.targets)
+            raise UsageError(
+                f"--latency is for one target, and {f'{device} is for {wanted}' if wanted else f'these are: {have}'}",
+                fix=f"give --target {wanted or self.targets[0].name} alone",
+            )
+        return found[0]
+
+    @property
     def settings(self) -> Settings:
         """What decides the PS-iteration."""
         r = self.request
@@ -257,7 +280,10 @@ def load_everything(request: Request) -> Loaded:
     teacher = choose_teacher(request.teacher, data, outputs)
     if request.criterion in ("fdr", "dfdr"):
         need_classes(teacher)
-    return Loaded(request, data, teacher, targets, model, untrained)
+    loaded = Loaded(request, data, teacher, targets, model, untrained)
+    if request.latency is not None:
+        runtime_for(Path(f"model{loaded.timed.suffix}"))
+    return loaded
 
 
 def _weighted(module: nn.Module) -> bool:
@@ -274,6 +300,14 @@ def _check_numbers(r: Request) -> None:
     for flag, drop in (("--max-drop", r.max_drop), ("--bits-drop", r.bits_drop)):
         if drop is not None:
             amount(drop, flag, restores=isinstance(drop, str))
+    if r.latency is not None and r.device is None:
+        raise UsageError(
+            "--latency needs the device on which it is to be met", fix="add --device ssh://USER@HOST, or local for here"
+        )
+    if r.latency is not None and r.macs is not None:
+        raise UsageError("--latency and --macs exclude each other", fix="leave one of them out")
+    if r.device is not None:
+        describe(r.device)
     if r.qat < 0:
         raise UsageError(f"--qat {r.qat} is below 0", fix="give the epochs of training in integers")
     if r.qat and (r.bytes is not None or r.codebook):
@@ -302,8 +336,9 @@ def _check_numbers(r: Request) -> None:
             raise UsageError(f"--{name} {part:g} is not between 0 and 1", fix="0.1 is usual for smoothing")
     if r.step is not None and not 0 < r.step < 1:
         raise UsageError(f"--step {r.step:g} is not between 0 and 1", fix="15% takes that part of what is left")
-    if r.stop == "energy" and r.macs is not None:
-        raise UsageError("--stop energy finds the widths itself and takes no --macs", fix="leave one of them out")
+    if r.stop == "energy" and (r.macs is not None or r.latency is not None):
+        flag = "--macs" if r.macs is not None else "--latency"
+        raise UsageError(f"--stop energy finds the widths itself and takes no {flag}", fix="leave one of them out")
     if r.lr is not None and not r.lr > 0:
         raise UsageError(f"--lr {r.lr:g} is not positive", fix="try 0.02")
 

@@ -1,8 +1,8 @@
 """What a runtime runs as one: the units of a float ONNX graph, and each by itself as an artefact of any width.
 
 A unit is a convolution, linear layer, addition, pooling or other operator with the activation that is fused into it.
-Its key says everything that decides its time but the numbers of channels and a fused clamp, so that layers of one kind
-and size share their measurements.
+Its key says everything that decides its time but the numbers of channels, a bias and a fused clamp, which cost nothing,
+so that layers of one kind and size share their measurements.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,12 @@ class Unit:
         kind: ``dense``, ``pointwise``, ``depthwise``, ``grouped``, ``linear``, or the operator's name.
         layer: whose weight it has, or "".
         inside, outside: channels read and written; equal, and one number, where the kernel is channel by channel.
+            Without axes where they do not follow a cut (splitting, shuffling pixels).
         nodes: the ONNX nodes, the activation last.
         sizes: of its tensors with the original's channels; constants are not among them.
         constants: the values of the constants that it reads, weight and bias excepted.
         bias: whether the weighted node has one.
+        real: whether it stays float in an integer model.
     """
 
     key: str
@@ -72,6 +74,7 @@ class Unit:
     sizes: Mapping[str, tuple[int, ...]]
     constants: Mapping[str, NDArray[Any]]
     bias: bool = False
+    real: bool = False
 
     @property
     def channelwise(self) -> bool:
@@ -88,8 +91,8 @@ class Unit:
         return self.inside.at(left), self.outside.at(left)
 
 
-def units_of(proto: ModelProto) -> list[Unit]:
-    """The units of a float graph, in order."""
+def units_of(proto: ModelProto, keep_float: str | None = None) -> list[Unit]:
+    """The units of a float graph, in order. Layers that `keep_float`, a regular expression, finds stay float."""
     graph = Graph(proto)
     found, done = [], set[str]()
     for node in graph.nodes:
@@ -103,14 +106,17 @@ def units_of(proto: ModelProto) -> list[Unit]:
         if graph.fused_activation(nodes[-1].output[0]):
             nodes.append(graph.consumers[nodes[-1].output[0]][0])
         done.update(n.output[0] for n in nodes)
-        found.append(_unit(graph, nodes))
+        unit = _unit(graph, nodes)
+        stays = keep_float is not None and unit.layer and re.search(keep_float, unit.layer)
+        found.append(replace(unit, key=f"float {unit.key}", real=True) if stays else unit)
     return found
 
 
 def _bias_of(graph: Graph, name: str) -> list[NodeProto]:
     """The addition of a constant behind a matrix product."""
     after = graph.consumers.get(name, [])
-    return after if len(after) == 1 and after[0].op_type == "Add" and any(map(graph.is_constant, after[0].input)) else []
+    adds = len(after) == 1 and after[0].op_type == "Add" and any(map(graph.is_constant, after[0].input))
+    return after if adds else []
 
 
 def _unit(graph: Graph, nodes: list[NodeProto]) -> Unit:
@@ -131,11 +137,20 @@ def _unit(graph: Graph, nodes: list[NodeProto]) -> Unit:
             axis = 1 if node.op_type != "ConvTranspose" else 0
             groups = groups_of(node) if node.op_type in ("Conv", "ConvTranspose") else 1
             inside = Width(((layer, axis),)) if groups == 1 else _width(graph, node.input[0])
-            outside = Width(((layer, 1 - axis),))
+            if groups == 1 or node.op_type == "Conv":
+                outside = Width(((layer, 1 - axis),))
+    elif node.op_type != "Concat" and _regroups(graph, node):
+        inside = outside = Width(fixed=graph.shapes[node.output[0]][1])  # it does not follow a cut; few and cheap
     return Unit(
         _key(graph, nodes, inputs, kept, kind), kind, layer, inside, outside, tuple(nodes), sizes, constants,
         weighted and len(node.input) > 2,
     )  # fmt: skip
+
+
+def _regroups(graph: Graph, node: NodeProto) -> bool:
+    """Whether an operator without weights gives another number of channels than it takes."""
+    shapes = [graph.shapes.get(n, ()) for n in (node.input[0], node.output[0])]
+    return all(len(s) > 1 for s in shapes) and shapes[0][1] != shapes[1][1] != 1 != shapes[0][1]
 
 
 def _kind(graph: Graph, node: NodeProto) -> str:
@@ -155,7 +170,6 @@ def _key(graph: Graph, nodes: list[NodeProto], inputs: list[str], kept: list[str
     for n in nodes[:-1] if fused else nodes:
         given = {a.name: helper.get_attribute_value(a) for a in n.attribute if a.name != "group" or kind == "grouped"}
         words.append(f"{n.op_type}({','.join(f'{k}={given[k]}' for k in sorted(given))})")
-        words += ["bias"] * (n is nodes[0] and kind in _WEIGHTED_KINDS and len(n.input) > 2)
     for name in inputs:
         shape = graph.shapes[name]
         words.append("x".join(map(str, (*shape[:1], "C", *shape[2:]))))
@@ -178,10 +192,14 @@ def _width(graph: Graph, name: str, depth: int = 0) -> Width:
     if node is None or depth > 1000:
         return fixed
     if node.op_type in WEIGHTED and graph.is_constant(node.input[1]):
+        if node.op_type == "ConvTranspose" and groups_of(node) > 1:
+            return fixed
         return Width(((node.input[1].removesuffix(".weight"), 0 if node.op_type != "ConvTranspose" else 1),))
     inputs = [n for n in node.input if n and not graph.is_constant(n)]
     if node.op_type == "Concat":
         parts = [_width(graph, n, depth + 1) for n in inputs]
+        if not all(p.axes for p in parts):
+            return fixed
         return Width(tuple(a for p in parts for a in p.axes), sum(p.fixed for p in parts))
     for n in inputs:
         before = graph.shapes.get(n, ())
@@ -205,11 +223,8 @@ def alone(unit: Unit, inside: int, outside: int, opset: int) -> ModelProto:
             shape = (*shape[:1], _share(shape, channels, inside, weighted=weighted), *shape[2:])
             inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     for name, value in unit.constants.items():
-        cut = value
-        for axis, size in enumerate(value.shape):
-            if size == channels and value.ndim >= 1 and value.size > 1 and value.dtype == np.float32:
-                cut = np.resize(cut.take(range(min(outside, size)), axis), (*cut.shape[:axis], outside, *cut.shape[axis + 1 :]))
-                break
+        axes = [a for a, size in enumerate(value.shape) if size == channels > 1 and value.dtype == np.float32]
+        cut = value.take(np.arange(outside) % channels, axes[0]) if axes else value
         initializers.append(numpy_helper.from_array(np.ascontiguousarray(cut), name))
     if weighted:
         shape = _weight_shape(unit, node, inside, outside)
@@ -262,6 +277,9 @@ def plain_table(proto: ModelProto, keep_float: str | None = None) -> ScaleTable:
         if keep_float is not None and re.search(keep_float, name.removesuffix(".weight")):
             floats.add(graph.written(node))
             continue
+        if node.op_type == "ConvTranspose" and groups_of(node) > 1:  # its scales run along no axis of the weight
+            floats.add(graph.written(node))
+            continue
         w = np.asarray(graph.array(name), np.float32)
         axis = channel_axis(node)
         top = np.abs(w).max(axis=tuple(a for a in range(w.ndim) if a != axis))
@@ -281,12 +299,12 @@ def artefact(proto: ModelProto, target: Target, keep_float: str | None = None) -
 
 def unit_artefact(unit: Unit, inside: int, outside: int, target: Target) -> bytes:
     """The target's file for one unit with these channels."""
-    return compiled_unit(alone(unit, inside, outside, target.opset), target)
+    return compiled_unit(alone(unit, inside, outside, target.opset), target, "" if unit.real else None)
 
 
-def compiled_unit(proto: ModelProto, target: Target) -> bytes:
+def compiled_unit(proto: ModelProto, target: Target, keep_float: str | None = None) -> bytes:
     """The target's file for a float graph that is to stand for a part of a model: it takes and gives integers."""
-    flavoured = write_flavour(proto, plain_table(proto), target.flavour)
+    flavoured = write_flavour(proto, plain_table(proto, keep_float), target.flavour)
     if target.flavour == "onnxruntime":
         _open_ends(flavoured)
     return _compiled(flavoured, target)
