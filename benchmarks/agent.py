@@ -67,6 +67,7 @@ class Model:
 
     runtime_version: str
     inputs: list[tuple[str, tuple[int, ...], Any]]
+    grid: tuple[float, int] = (0.0, 0)  # scale and zero point of the first input; 0 where it is no integer's
 
     def set(self, values: list[Any]) -> None:
         raise NotImplementedError
@@ -136,6 +137,7 @@ class TensorFlowLite(Model):
         details = self._interpreter.get_input_details()
         self.inputs = [(d["name"], tuple(int(s) for s in d["shape"]), d["dtype"]) for d in details]
         self._indices = [d["index"] for d in details]
+        self.grid = details[0]["quantization"]
         self._result = self._interpreter.get_output_details()[0]["index"]
         self.invoke = self._interpreter.invoke  # type: ignore[method-assign]  # no wrapper inside the timed region
 
@@ -461,15 +463,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return wish
 
 
-def work(wish: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
-    """Do what the command line asks; `say` prints one line."""
-    if not os.path.isfile(wish.model or wish.bundle):
-        raise AgentError(f"no model file {wish.model or wish.bundle}", 2)
+def pinned(wish: argparse.Namespace) -> argparse.Namespace:
+    """Keep to the cores of --cpus."""
     if wish.cpus:
         try:
             os.sched_setaffinity(0, {int(core) for core in wish.cpus.split(",")})
         except (ValueError, OSError) as error:
             raise AgentError(f"cannot pin to cores {wish.cpus}: {error}", 2) from error
+    return wish
+
+
+def work(wish: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
+    """Do what the command line asks; `say` prints one line."""
+    if not os.path.isfile(wish.model or wish.bundle):
+        raise AgentError(f"no model file {wish.model or wish.bundle}", 2)
+    pinned(wish)
     if wish.bundle:
         in_turns(wish, say)
         return
@@ -506,8 +514,8 @@ def work(wish: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> Non
     say(facts("after"))
 
 
-def main(argv: list[str]) -> int:
-    """Run; the exit code."""
+def told(job: Callable[[Callable[[dict[str, Any]], None]], None]) -> int:
+    """Run `job`, which is given what prints a line; the exit code."""
     lines = 0
 
     def say(line: dict[str, Any]) -> None:
@@ -517,7 +525,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.flush()
 
     try:
-        work(parse(argv), say)
+        job(say)
     except AgentError as error:
         say({"kind": "error", "error": " ".join(str(error).split())})
         return error.code
@@ -526,6 +534,11 @@ def main(argv: list[str]) -> int:
         return 4
     say({"kind": "end", "lines": lines})
     return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run; the exit code."""
+    return told(lambda say: work(parse(argv), say))
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ def bench(
         runtime_for(path)
         artifacts: Sequence[Artifact] = ()
     else:
-        artifacts = _report(path).artifacts
+        artifacts = report_of(path).artifacts
     with open_device(address, say=talk.say) as device:
         if path.is_file():
             other = baseline and _model(baseline, None, path.suffix)
             yield path.name, _timed(device, path, other, chosen, threads, talk)
             return
-        for artifact in _runs_there(artifacts, device, path):
-            model = _checked(path, artifact)
+        for artifact in runs_there(artifacts, device, path):
+            model = checked(path, artifact)
             other = _model(baseline, artifact.target, model.suffix) if baseline else path / f"original{model.suffix}"
             if not other.is_file():
                 raise UsageError("there is no such file", where=str(other), fix="run xedge compress again")
@@ -73,7 +73,8 @@ def _timed(
     return compare(device, other, model, protocol, progress, threads=threads)
 
 
-def _runs_there(artifacts: Sequence[Artifact], device: Device, run: Path) -> list[Artifact]:
+def runs_there(artifacts: Sequence[Artifact], device: Device, run: Path) -> list[Artifact]:
+    """The run's artefacts that a device is for; UsageError where there are none."""
     if device.target is None:
         return list(artifacts)
     from xedge.load import load_target
@@ -86,7 +87,7 @@ def _runs_there(artifacts: Sequence[Artifact], device: Device, run: Path) -> lis
     return found
 
 
-def _checked(run: Path, artifact: Artifact) -> Path:
+def checked(run: Path, artifact: Artifact) -> Path:
     """The artefact's file, if it is there and unchanged."""
     model = run / artifact.path
     if not model.is_file():
@@ -99,7 +100,7 @@ def _checked(run: Path, artifact: Artifact) -> Path:
 def _model(baseline: Path, target: str | None, suffix: str) -> Path:
     """A baseline's model file: itself, or a run's artefact for the same target."""
     if baseline.is_dir() and target is not None:
-        found = [_checked(baseline, a) for a in _report(baseline).artifacts if a.target == target]
+        found = [checked(baseline, a) for a in report_of(baseline).artifacts if a.target == target]
         if not found:
             raise UsageError(f"has nothing for {target}", where=str(baseline), fix="give another --baseline")
         return found[0]
@@ -118,7 +119,7 @@ def refresh(folder: Path) -> Report:
     """
     from xedge.assemble import latency_of
 
-    report = _report(folder)
+    report = report_of(folder)
     originals = {digest_file(path) for path in folder.glob("original.*") if path.suffix in (".onnx", ".tflite")}
     best: dict[str, Comparison] = {}
     for record in read_measurements(folder / BENCH):
@@ -139,7 +140,8 @@ def refresh(folder: Path) -> Report:
     return report
 
 
-def _report(folder: Path) -> Report:
+def report_of(folder: Path) -> Report:
+    """Of a finished run; UsageError otherwise."""
     if not (folder / "report.json").is_file():
         fix = "finish it with xedge compress --resume -o" if (folder / "run.json").exists() else "give a run folder"
         raise UsageError("holds no report", where=str(folder), fix=fix)

@@ -378,6 +378,27 @@ def devices(devices: tuple[str, ...], as_json: bool) -> None:
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--device", required=True, help="ssh://USER@HOST, adb://SERIAL, FILE.toml, or local.")
+@click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of pictures.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path), help="NAME CLASS a line.  [labels.txt there, or its folders]"
+)
+@click.option("--preprocess", metavar="OPTIONS", help="resize=256&mean=0.5&std=0.5.  [as the run's own data]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def lpirc(
+    run: Path, device: str, images: Path, labels: Path | None, preprocess: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Run LPIRC's rules on a device: pictures decoded, resized and classified there within 30 ms each on average."""
+    from xedge.lpirc import contest
+    from xedge.progress import Talk
+
+    result = contest(run, device, images, labels, preprocess, Talk(quiet=quiet).say)
+    click.echo(json.dumps(result.figures(), indent=1) if as_json else result)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
 @click.option("--latency", type=DURATION, help="Largest median latency, 30ms.")
 @click.option("--max-drop", type=DROP, help="Largest fall of accuracy, 1% or 0.01, or of PSNR, 0.2dB.")
 @click.option("--device", help="Whose measurements count, by name.  [every device but this host]")

@@ -239,11 +239,16 @@ def from_json(value: Mapping[str, Any]) -> Measurement | Comparison:
 
 
 def append_measurement(path: Path, record: Measurement | Comparison) -> None:
-    """Append one line and see it to the disk. A line is whole when its newline is there.
+    """Append one line and see it to the disk."""
+    append_line(path, to_json(record))
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append JSON as one line and see it to the disk. A line is whole when its newline is there.
 
     The torn end that a killed writer left is cut off first; on a full disk the file is put back as it was.
     """
-    line = json.dumps(to_json(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    line = json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n"
     try:
         with path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
