@@ -7,6 +7,8 @@ A device file is what a laboratory writes down about one board:
     target = "jetson-orin-nano"                 # it runs this target's artefacts only; absent: all it has a runtime for
     python = "/home/bench/venv/bin/python"      # a command there, or a list of words; python3 when absent
     cpus = [4, 5]                               # cores to pin to
+    benchmark_model = "/data/local/tmp/benchmark_model"    # Google's program there, in place of Python, for .tflite
+    trtexec = "/usr/src/tensorrt/bin/trtexec"   # NVIDIA's, likewise, for .onnx
     kind = "emulated"                           # real when absent; no latency gate takes an emulated device
     ssh_config = "ssh_config"                   # in place of ~/.ssh/config, beside this file
 """
@@ -15,8 +17,8 @@ from __future__ import annotations
 
 import sys
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -45,6 +47,14 @@ class Description:
     cpus: tuple[int, ...] = ()
     kind: Kind = "real"
     ssh_config: Path | None = None
+    benchmark_model: str | None = None
+    trtexec: str | None = None
+
+    @property
+    def tools(self) -> dict[str, str]:
+        """Programs that time in place of the agent -> where they lie on the device."""
+        given = {"benchmark_model": self.benchmark_model, "trtexec": self.trtexec}
+        return {name: path for name, path in given.items() if path is not None}
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Device:
         address: as given to ``--device``.
         python: the command on the device that runs the agent; a browser needs none.
         cpus: cores to pin to; wherever the system puts it when empty.
+        tools: programs that time in place of the agent -> where they lie there (see `xedge.tools`).
     """
 
     name: str
@@ -68,6 +79,7 @@ class Device:
     address: str
     python: tuple[str, ...]
     cpus: tuple[int, ...] = ()
+    tools: Mapping[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> Device:
         return self
@@ -100,7 +112,7 @@ def read_description(path: Path) -> Description:
         raise UsageError("there is no such device file", where=str(path)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"cannot be read as TOML: {error}", where=str(path)) from error
-    known = [field.name for field in fields(Description)]
+    known = [f.name for f in fields(Description)]
     for key in given:
         if key not in known:
             raise UsageError(f"has an unknown key {key}", where=str(path), fix=nearest(key, known))
@@ -136,6 +148,8 @@ def read_description(path: Path) -> Description:
         cpus=tuple(cpus),
         kind=kind,
         ssh_config=path.parent / config if config else None,
+        benchmark_model=item("benchmark_model", str, '"/data/local/tmp/benchmark_model"', None),
+        trtexec=item("trtexec", str, '"/usr/src/tensorrt/bin/trtexec"', None),
     )
 
 
@@ -159,7 +173,7 @@ def open_device(device: str, wait: float | None = QUEUE, say: Callable[[str], No
     except BaseException:
         transport.close()
         raise
-    return Device(about.name, kind, about.target, transport, about.address, python, about.cpus)
+    return Device(about.name, kind, about.target, transport, about.address, python, about.cpus, about.tools)
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,10 @@ class Contest:
 
     def figures(self) -> dict[str, Any]:
         """For --json."""
-        names = ("model", "target", "device", "device_kind", "runtime", "pictures", "wall_seconds", "runtime_seconds")
-        names += ("classified", "correct", "accuracy", "accuracy_on_classified", "score")
+        names = [
+            "model", "target", "device", "device_kind", "runtime", "pictures", "wall_seconds", "runtime_seconds",
+            "classified", "correct", "accuracy", "accuracy_on_classified", "score",
+        ]  # fmt: skip
         return {n: getattr(self, n) for n in names}
 
     def __str__(self) -> str:

@@ -16,11 +16,12 @@ import json
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from xedge import tools
 from xedge.device import Device
 from xedge.errors import DeviceError, InternalError, UnsupportedGraph, UsageError, nearest
 from xedge.measurement import Comparison, Measurement, Process, Verdict
@@ -87,6 +88,11 @@ def runtime_for(model: Path) -> str:
         ) from None
 
 
+def tool_for(device: Device, model: Path) -> str | None:
+    """The program of the device file that times this kind of file in place of the agent."""
+    return next((name for name in device.tools if tools.SUFFIXES[name] == model.suffix), None)
+
+
 def agent_path() -> Path:
     """The agent's file, which is pushed as it is and never imported here."""
     spec = importlib.util.find_spec("xedge.benchmarks.agent")
@@ -103,6 +109,8 @@ class _Job:
     digest: str
     remote: str
     runtime: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,6 @@ class _Bench:
     """A device with the agent on it."""
 
     device: Device
-    agent: str
     protocol: Protocol
     threads: int
     cpus: tuple[int, ...]
@@ -118,12 +125,38 @@ class _Bench:
     def job(self, model: Path, runtime: str | None) -> _Job:
         if not model.is_file():
             raise UsageError("no such model file", where=str(model))
-        return _Job(model, sha256(model), self.device.transport.push(model), runtime or runtime_for(model))
+        runtime = runtime or tool_for(self.device, model) or runtime_for(model)
+        job = _Job(model, sha256(model), self.device.transport.push(model), runtime)
+        return self._engine(job) if runtime == "trtexec" else job
+
+    def _engine(self, job: _Job) -> _Job:
+        """The job with the engine that trtexec builds on the device in place of the graph."""
+        from xedge.targets.tensorrt import BUILD
+
+        program, transport, where = self.device.tools["trtexec"], self.device.transport, f"{job.model.name} on trtexec"
+        major, version = tools.trtexec_version(transport, program)
+        if major not in BUILD:
+            raise DeviceError(f"TensorRT {version}: flags of {', '.join(map(str, BUILD))} are known", where=program)
+        integer = b"DequantizeLinear" in job.model.read_bytes()
+        flags = [f for f in BUILD[major] if integer or f != "--int8"]
+        engine = f"{job.digest[:16]}.plan"
+        skip = "--buildOnly" if major == 8 else "--skipInference"
+        done = transport.run([program, f"--onnx={job.remote}", f"--saveEngine={engine}", skip, *flags], 3600)
+        if done.exit_code:
+            said = [x for x in (done.stdout + done.stderr).splitlines() if "[E]" in x] or [
+                f"exit code {done.exit_code}"
+            ]
+            raise UnsupportedGraph(f"trtexec builds no engine: {said[0].strip()}", where=where)
+        facts = {"runtime_version": version, "runtime_sha256": tools.sha256_there(transport, program)}
+        return replace(job, remote=engine, facts=facts, flags=tuple(f for f in flags if f not in ("--int8", "--fp16")))
 
     def run(self, job: _Job, seed: int) -> Process:
         """One fresh process."""
+        if job.runtime in tools.SUFFIXES:
+            return self._by_tool(job)
         p = self.protocol
-        argv = [*self.device.python, self.agent, "--model", job.remote, "--runtime", job.runtime]
+        agent = self.device.transport.push(agent_path())  # free but for the first
+        argv = [*self.device.python, agent, "--model", job.remote, "--runtime", job.runtime]
         argv += ["--threads", str(self.threads), "--seed", str(seed), "--seconds", str(p.seconds)]
         argv += ["--min-runs", str(p.min_runs), "--max-seconds", str(p.max_seconds), "--max-runs", str(p.max_runs)]
         argv += ["--warmup-seconds", str(p.warmup_seconds), "--warmup-cap", str(p.warmup_cap_seconds)]
@@ -132,6 +165,30 @@ class _Bench:
         start_up = 120.0
         done = self.device.transport.run(argv, start_up + p.warmup_cap_seconds + p.max_seconds)
         return read_agent(done, job.digest, f"{job.model.name} on {self.device.name}")
+
+    def _by_tool(self, job: _Job) -> Process:
+        """One fresh process of a program in place of the agent."""
+        p, transport, program = self.protocol, self.device.transport, self.device.tools[job.runtime]
+        where = f"{job.model.name} on {self.device.name}"
+        patience = 120.0 + p.warmup_cap_seconds + p.max_seconds
+        facts = job.facts or {"runtime_sha256": tools.sha256_there(transport, program), "runtime_version": ""}
+        before = {**tools.state(transport), **facts, "model_sha256": job.digest, "threads": self.threads}
+        if job.runtime == "benchmark_model":
+            argv = tools.benchmark_model(
+                program, job.remote, self.threads, p.seconds, p.min_runs, p.warmup_seconds, p.max_seconds, self.cpus
+            )
+            summary, runs = tools.read_benchmark_model(transport.run(argv, patience), where), ()
+        else:
+            warmup = 1000 * max(p.warmup_seconds, 0.2)
+            argv = [program, f"--loadEngine={job.remote}", f"--warmUp={warmup:g}", f"--iterations={p.min_runs}"]
+            argv += [f"--duration={max(1, round(p.seconds))}", "--exportTimes=times.json", *job.flags]
+            done = transport.run(argv, patience)
+            if done.exit_code:
+                raise DeviceError(f"trtexec ended with {done.exit_code}", where=where, fix="run it there by hand")
+            text = transport.run(["cat", "times.json"], 60.0).stdout
+            transport.run(["rm", "-f", "times.json"], 60.0)  # an old one must never be taken for a new one
+            summary, runs = {"statistic": "median"}, tools.read_times(text, warmup, where)  # type: ignore[assignment]
+        return tools.process(runs, summary, before, tools.state(transport))
 
     def measurement(
         self, job: _Job, kept: Sequence[Process], replaced: Sequence[Process], verdict: tuple[Verdict, str]
@@ -212,6 +269,9 @@ def fault(process: Process, protocol: Protocol) -> tuple[Verdict, str] | None:
     if not process.steady:
         return "not-steady", f"warm-up did not settle within {protocol.warmup_cap_seconds:g} s"
     measured, runs = process.stride * sum(process.run_ns) / 1e9, len(process.run_ns)
+    if not process.run_ns:
+        runs = int(process.summary["count"])
+        measured = protocol.seconds if runs >= protocol.min_runs else 0.0  # it stops by itself when both are reached
     # 0.8: the clock readings between runs count towards the agent's seconds, and weigh in for microsecond models.
     if runs < protocol.min_runs or (measured < 0.8 * protocol.seconds and runs < protocol.max_runs):
         return "incomplete", f"{runs} runs in {measured:.3g} s"
@@ -279,7 +339,7 @@ def pairs_verdict(found: Mapping[int, tuple[Verdict, str]], total: int) -> tuple
 
 
 def _bench(device: Device, protocol: Protocol, threads: int, cpus: Sequence[int]) -> _Bench:
-    return _Bench(device, device.transport.push(agent_path()), protocol, threads, tuple(cpus) or device.cpus)
+    return _Bench(device, protocol, threads, tuple(cpus) or device.cpus)
 
 
 def _silent(done: int, total: int, what: str) -> None:

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class Process:
         steady: whether the warm-up settled before its cap.
         probe_before_ns, probe_after_ns: the agent's fixed computation just before and just after `run_ns`.
         before, after: the agent's facts; ``before`` has those that do not change.
+        summary: what a program that keeps its single runs to itself said of them (see `xedge.tools`): ``statistic``
+            and ``ns``, among others. The probes are empty wherever the agent did not run.
     """
 
     warmup_ns: tuple[int, ...]
@@ -50,17 +52,22 @@ class Process:
     probe_after_ns: tuple[int, ...]
     before: Mapping[str, Any]
     after: Mapping[str, Any]
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def median_ms(self) -> float:
-        return self.quantile_ms(0.5)
+        """Or the mean, where a program prints no median."""
+        return self.quantile_ms(0.5) if self.run_ns else float(self.summary["ns"]) / 1e6
 
     def quantile_ms(self, q: float) -> float:
         return float(np.quantile(np.asarray(self.run_ns, dtype=np.int64), q)) / 1e6
 
     @property
     def probes_ns(self) -> tuple[float, float]:
-        """Medians of the probe before and after: a preemption hits few of its repeats and does not move them."""
+        """Medians of the probe before and after: a preemption hits few of its repeats and does not move them. 1 and 1
+        where there was no probe."""
+        if not self.probe_before_ns or not self.probe_after_ns:
+            return 1.0, 1.0
         return float(np.median(self.probe_before_ns)), float(np.median(self.probe_after_ns))
 
 
@@ -111,8 +118,19 @@ class Measurement:
 
     @property
     def first_ms(self) -> float:
-        """Median over processes of the first, cold run."""
-        return float(np.median([p.warmup_ns[0] for p in self.processes])) / 1e6
+        """Median over processes of the first, cold run; NaN where nobody saw it."""
+        seen = [p.warmup_ns[0] for p in self.processes if p.warmup_ns]
+        return float(np.median(seen)) / 1e6 if seen else float("nan")
+
+    @property
+    def unknown(self) -> str:
+        """What a program in place of the agent leaves unknown; empty otherwise."""
+        parts = ["single runs"] if any(not p.run_ns for p in self.processes) else []
+        parts += ["the steady state", "the device's speed during the runs"] * any(
+            not p.probe_before_ns for p in self.processes
+        )
+        means = any(p.summary.get("statistic") == "mean" for p in self.processes)
+        return ", ".join(parts) + ("; means in place of medians" if means else "")
 
 
 @dataclass(frozen=True)
@@ -192,10 +210,13 @@ def to_text(record: Measurement | Comparison) -> str:
         return (
             f"{record.a.model} {time(record.a)}, {record.b.model} {time(record.b)}, ratio {ratio.median:.2f} "
             f"[{ratio.lower:.2f}, {ratio.upper:.2f}], {record.finding} {where}, {len(record.ratios)} pairs"
+            + (f"; not known: {m.unknown}" if m.unknown else "")
         )
     p90 = m.quantile(0.9)
     more = f", 90 % within {p90.median:.3f} ms" if p90 else ""
-    return f"{time(m)}{more}, first run {m.first_ms:.3f} ms, {where}, {len(m.processes)} processes"
+    first = f", first run {m.first_ms:.3f} ms" if m.first_ms == m.first_ms else ""
+    unknown = f"; not known: {m.unknown}" if m.unknown else ""
+    return f"{time(m)}{more}{first}, {where}, {len(m.processes)} processes{unknown}"
 
 
 def _process(value: Mapping[str, Any]) -> Process:
@@ -214,7 +235,7 @@ def _without(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fields(record: Process | Measurement | Comparison) -> dict[str, Any]:
     """As dataclasses.asdict, but without visiting a million integers one by one."""
-    return {field.name: getattr(record, field.name) for field in fields(record)}
+    return {f.name: getattr(record, f.name) for f in fields(record)}
 
 
 def to_json(record: Measurement | Comparison) -> dict[str, Any]:
