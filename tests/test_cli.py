@@ -57,7 +57,8 @@ def test_every_option_of_compress_reaches_the_request(monkeypatch: pytest.Monkey
     monkeypatch.setattr("xedge.dry_run.dry_run", lambda request, talk: seen.append(request) or {})
     given = {
         "model": "resnet20", "weights": "w.pt", "data": "cifar10", "data_root": "d", "targets": ("android", "jetson"),
-        "macs": 0.4, "latency": 2.5, "device": "local", "max_drop": 0.005, "criterion": "di", "teacher": "logits", "bits": 4.5, "epochs": 7,
+        "latency": 2.5, "device": "local",
+        "macs": 0.4, "max_drop": 0.005, "criterion": "di", "teacher": "logits", "bits": 4.5, "epochs": 7,
         "iterations": 9, "base_epochs": 2, "lr": 0.3, "batch": 64, "seed": 5, "exclude": "head", "prune_stem": True,
         "bytes": 300_000, "bits_drop": 0.01, "sensitivity": "kfac",
         "ranges": "percentile", "feedback": False, "bias_correction": False, "equalize": True,
