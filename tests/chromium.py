@@ -13,6 +13,8 @@ from xedge.benchmarks import vendor_browser
 from xedge.transports.browser import Browser, Place
 
 T = TypeVar("T")
+SLOW = 120.0
+"""Seconds after which a wait has failed, also on a machine that does much else."""
 PATH = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
     "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -51,6 +53,15 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+def new_page(browser: Any, requests: list[tuple[str, str]] | None = None) -> Any:
+    """A page in a context of its own, patient with slow machines; what it asks for goes into `requests`."""
+    context = browser.new_context(ignore_https_errors=True)
+    context.set_default_timeout(SLOW * 1e3)
+    if requests is not None:
+        context.on("request", lambda request: requests.append((request.method, request.url)))
+    return context.new_page()
+
+
 @dataclass(frozen=True)
 class Opened:
     """A transport and the page behind it. `requests`: (method, address) of all that the page asked for."""
@@ -59,15 +70,9 @@ class Opened:
     page: Any
     requests: list[tuple[str, str]]
 
-    @property
-    def state(self) -> str:
-        return f"{self.page.inner_text('#state')}: {self.page.inner_text('#detail')}"
-
-    def reaches(self, words: str, seconds: float = 20) -> None:
+    def reaches(self, words: str) -> None:
         """Wait until the page says so."""
-        self.page.wait_for_function(
-            "words => document.getElementById('main').innerText.includes(words)", arg=words, timeout=seconds * 1e3
-        )
+        self.page.wait_for_function("words => document.getElementById('main').innerText.includes(words)", arg=words)
 
 
 @contextlib.contextmanager
@@ -75,17 +80,15 @@ def opened(
     browser: Any, secure: bool = False, before: Callable[[Any], None] = lambda page: None, accelerator: str = "wasm"
 ) -> Iterator[Opened]:
     """The transport on this host itself, by https where `secure`, with its page open; `before` sees the page first."""
-    context = browser.new_context(ignore_https_errors=True)
-    page = context.new_page()
     requests: list[tuple[str, str]] = []
-    context.on("request", lambda request: requests.append((request.method, request.url)))
+    page = new_page(browser, requests)
     before(page)
-    transport = Browser(Place("127.0.0.1", 0, secure, accelerator), 20, lambda text: page.goto(link(text)))
+    transport = Browser(Place("127.0.0.1", 0, secure, accelerator), SLOW, lambda text: page.goto(link(text)))
     try:
         yield Opened(transport, page, requests)
     finally:
         transport.close()
-        context.close()
+        page.context.close()
 
 
 def link(invitation: str) -> str:
@@ -107,7 +110,7 @@ class Aside(threading.Thread):
         except BaseException as error:
             self._error = error
 
-    def outcome(self, seconds: float = 60) -> Any:
+    def outcome(self, seconds: float = SLOW) -> Any:
         """What it returned, or raise what it raised."""
         self.join(seconds)
         assert not self.is_alive(), "still at it"
