@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import io
@@ -275,24 +276,29 @@ def test_a_link_opens_once(window: Any) -> None:
         second.context.close()
 
 
-def command(run: Path) -> tuple[subprocess.Popen[str], str]:
+@contextlib.contextmanager
+def command(run: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`xedge bench RUN --device browser://localhost` under way, and what it said up to the end of the QR code."""
     script = str(Path(sys.executable).with_name("xedge"))
     words = [script, "bench", str(run), "--device", "browser://localhost", "--protocol", "standard"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    said = ""
-    while not said.endswith("▀\n"):
-        said += process.stderr.readline()
-    return process, said
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stderr is not None
+            said = ""
+            while not said.endswith("▀\n"):
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            yield process, said
+        finally:
+            process.kill()
 
 
 @live
 def test_the_command_writes_whole_lines_or_none_and_ends_with_5(window: Any, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    process, said = command(run)
-    with process:
+    with command(run) as (process, said):
         page = new_page(window)
         page.goto(link(said))
         page.wait_for_function("() => document.getElementById('state').textContent.startsWith('Repetition 2')")
@@ -310,8 +316,7 @@ def test_the_command_writes_whole_lines_or_none_and_ends_with_5(window: Any, tmp
 @live
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_page_knows_when_xedge_has_ended(window: Any, tmp_path: Path, number: signal.Signals) -> None:
-    process, said = command(run_folder(tmp_path / "run"))
-    with process:
+    with command(run_folder(tmp_path / "run")) as (process, said):
         page = new_page(window)
         page.goto(link(said))
         page.wait_for_function("() => document.getElementById('state').textContent.startsWith('Repetition')")
