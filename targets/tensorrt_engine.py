@@ -309,10 +309,8 @@ def build_engine(
         )
     config = builder.create_builder_config()
     if not strong:
-        asked = precision(onnx.load(onnx_path))
-        if asked != "float32":
-            config.set_flag(trt.BuilderFlag.FP16)
-        if asked == "int8":  # on a float graph it would ask for calibration
+        config.set_flag(trt.BuilderFlag.FP16)
+        if precision(onnx.load(onnx_path)) == "int8":  # on a float graph it would ask for calibration
             config.set_flag(trt.BuilderFlag.INT8)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     timing = folder / "timing.cache"

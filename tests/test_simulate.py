@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from xedge.candidates import Form
 from xedge.data import from_tensors
 from xedge.errors import InternalError, UnsupportedGraph
 from xedge.export import write_flavour
@@ -222,8 +223,8 @@ def test_verify_passes_a_right_artefact_and_stops_at_a_wrong_one(
     onnx.save(edited(model, f"{last}_scale", lambda v: v * 1.2), tmp_path / "wrong.onnx")
 
     def rows(name: str) -> dict[str, Any]:
-        models = {"host-cpu": tmp_path / name}
-        return verify(loaded, net, net, proto, table, models, Talk(quiet=True))  # type: ignore[arg-type]
+        shipped = {"host-cpu": Form("int8", tmp_path / name, "onnxruntime", table)}
+        return verify(loaded, net, net, proto, shipped, Talk(quiet=True))  # type: ignore[arg-type]
 
     row = rows("right.onnx")["targets"]["host-cpu"]
     assert row["snr_db"] > row["least_snr_db"] + 5

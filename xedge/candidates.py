@@ -22,11 +22,11 @@ import torch
 from onnx import ModelProto
 
 from xedge.audit import audit_one
-from xedge.choose import quality
-from xedge.data import batches, fitting
+from xedge.data import at_once, batches
 from xedge.device import describe, open_device
 from xedge.errors import UnsupportedGraph
 from xedge.export import write_flavour
+from xedge.judge import Judge
 from xedge.load import load_target
 from xedge.measure import STANDARD, compare
 from xedge.measurement import Comparison, to_json
@@ -94,7 +94,7 @@ def ship(
         f"candidates/{target.name}.json",
         {
             **{form.name: form.path for form in made}, "device": address, "protocol": PROTOCOL.name,
-            "data": loaded.data.name, "drop": loaded.request.budget().max_drop,
+            "data": loaded.data.name, "drop": loaded.settings.budget.max_drop,
         },
         lambda p: p.write_text(json.dumps(decide(loaded, target, made, address, original, run.folder, talk))),
     )  # fmt: skip
@@ -124,8 +124,8 @@ def unmeasured(target: Target, address: str | None) -> str | None:
     if address is None:
         return "no --device was given"
     device = describe(address)
-    if target.flavour == "tensorrt":
-        return "TensorRT's engines are built and timed by build.sh on the board"
+    if target.flavour == "tensorrt" and device.trtexec is None:
+        return f"{device.name} names no trtexec, which times TensorRT's engines"
     if target.flavour == "float":
         return "the target has no other form"
     if device.kind != "real":
@@ -195,21 +195,21 @@ def decide(
     Accuracy is on the data held back for choosing, by the artefacts themselves on this host. Of the forms that hold
     the floor the first, which is the plan's if it can be, is compared with the next, and the faster goes on.
     """
-    data, drop = loaded.data, loaded.request.budget().max_drop
-    labelled = data.classes is not None
-    base, labels = predict(original, data.select)
-    floor = None if drop is None else quality(base, labels, base, labelled) - drop
+    data, drop, judge = loaded.data, loaded.settings.budget.max_drop, Judge.of(loaded.data)
+    limit = judge.held(len(data.select))
+    base, truth = predict(original, data.select, limit=limit)
+    floor = None if drop is None else judge.quality(base, truth, base) - drop
     good: dict[str, float] = {}
     for form in made:
-        talk.say(f"  {target.name}, {form.name}: {len(data.select)} held-back images")
+        talk.say(f"  {target.name}, {form.name}: {limit} held-back images")
         run = target.load(form.path, torch.get_num_threads())
-        parts = [run(x.numpy()).reshape(len(x), -1) for x, _ in batches(data.select, fitting(data.shape))]
-        good[form.name] = quality(torch.from_numpy(np.concatenate(parts)), labels, base, labelled)
+        parts = [run(x.numpy()).reshape(len(x), -1) for x, _ in batches(data.select, at_once(data.select), limit=limit)]
+        good[form.name] = judge.quality(torch.from_numpy(np.concatenate(parts)), truth, base)
     hold = [form for form in made if floor is None or good[form.name] >= floor - 1e-12]
     words = {
-        form.name: f"rejected: {good[form.name]:.2%} on held-back data, below the floor of {floor:.2%}"
+        form.name: f"rejected: below the floor of {judge.say(floor)}"
         for form in made
-        if form not in hold
+        if floor is not None and form not in hold
     }
     best, timed = (hold or made)[0], []
     with open_device(address, say=lambda line: talk.say(f"  {line}")) as device:
@@ -232,7 +232,9 @@ def decide(
         words[best.name] += f"; float are {', '.join(best.kept_float)}"
     ordered = sorted(made, key=lambda form: form != best)
     rows = tuple(
-        Candidate(f.name, str(f.path.relative_to(folder)), f.path.stat().st_size, good[f.name], words[f.name])
+        Candidate(
+            f.name, str(f.path.relative_to(folder)), f.path.stat().st_size, judge.say(good[f.name]), words[f.name]
+        )
         for f in ordered
     )
     choice = Choice(target.name, best.name, why, address, rows)

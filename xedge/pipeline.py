@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xedge.budget import choose_bits, samples
+from xedge.candidates import ship
 from xedge.data import enough
 from xedge.equalize import equalize
 from xedge.errors import UsageError
@@ -36,7 +38,6 @@ from xedge.load import load_target
 from xedge.meter import MacsMeter, Meter, latency_meter
 from xedge.metrics import macs, topk
 from xedge.onnx_graph import export_float
-from xedge.pack import pack
 from xedge.plan import Plan
 from xedge.progress import Talk
 from xedge.prune import apply_spec, cut_spec
@@ -130,14 +131,17 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         plan = run.step("plan.json", {"scales": scales, "kept": _kept(result)}, lambda p: _write_plan(result, table, p))
 
         talk.say("8/8 writing and verifying the artefacts")
-        models = {}
+        forms, choices = {}, []
         for target in loaded.targets:
             flavoured = run.step(
                 f"model.{target.flavour}.onnx",
                 {"float": floats, "scales": scales, "flavour": target.flavour},
                 lambda p, t=target: onnx.save(write_flavour(onnx.load(floats), table, t.flavour), p),  # type: ignore[misc]
             )
-            models[target.name] = _artefact(run, target, flavoured)
+            forms[target.name], choice = ship(run, loaded, target, table, flavoured, floats, original, talk)
+            choices.append(choice)
+            talk.say(f"  {target.name}: {choice.why}")
+        models = {name: form.path for name, form in forms.items()}
         originals = {t.suffix: _baseline(run, t, plain) for t in loaded.targets}
         from xedge.verify import verify
 
@@ -145,7 +149,7 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
             "verify.json",
             {"plan": plan, "model": model_file, "weights": weights, **models, "data": data.name},
             lambda p: p.write_text(
-                json.dumps(verify(loaded, original, ready, onnx.load(floats), table, models, talk), sort_keys=True)
+                json.dumps(verify(loaded, original, ready, onnx.load(floats), forms, talk), sort_keys=True)
             ),
         )
         timed = None
@@ -155,7 +159,10 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
                 {**models, **{f"original{s}": f for s, f in originals.items()}, "device": request.device or "local"},
                 lambda p: _latency(loaded, models, originals, p, talk),
             )  # fmt: skip
-        report = assemble(run.folder, loaded, original, result, table, read_json(verified), timed, models, originals)
+        report = replace(
+            assemble(run.folder, loaded, original, result, table, read_json(verified), timed, models, originals),
+            choices=tuple(choices),
+        )
         write_report(report, run.folder / "report.json")
         write_html(report, run.folder / "report.html")
         return run
@@ -284,15 +291,6 @@ def _write_plan(result: Result, table: ScaleTable, path: Path) -> None:
         notes=(f"stopped by {result.stopped_by}: {result.reason}",),
     )
     path.write_text(json.dumps(plan.to_json(), sort_keys=True) + "\n")
-
-
-def _artefact(run: Run, target: Target, flavoured: Path) -> Path:
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        pack(target.compile(flavoured, folder, "model"))
-
-    folder = run.step(f"targets/{target.name}", {"onnx": flavoured, "target": target.name}, make)
-    return next(p for p in sorted(folder.iterdir()) if p.suffix == target.suffix)
 
 
 def _baseline(run: Run, target: Target, plain: Path) -> Path:

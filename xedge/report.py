@@ -169,6 +169,34 @@ class Iteration:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One form in which a target could run the compressed model (`xedge.candidates`).
+
+    Attributes:
+        form: such as ``int8`` or ``float16``. path: of its model file, in the run folder. bytes: of that.
+        quality: on the data held back for choosing, in words.
+        words: ``shipped``, or why not.
+    """
+
+    form: str
+    path: str
+    bytes: int
+    quality: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which form a target ships, and why, one line; `device` is where the candidates were timed, None if nowhere."""
+
+    target: str
+    form: str
+    why: str
+    device: str | None = None
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole run.
 
@@ -180,7 +208,7 @@ class Report:
         price_of_alignment: what the target's channel multiples cost, one line; None when nothing.
         certificate: of the final cut, masked against cut. artifacts: files that devices run.
         notes: one line each. planned_bits_mean: bits a weight over the model.
-        subspaces: discriminant components of each group.
+        subspaces: discriminant components of each group. choices: which form each target ships.
         commands: (what it does, the command), e.g. to repeat this run or to build the engine on the board.
     """
 
@@ -202,6 +230,7 @@ class Report:
     planned_bits_mean: float | None = None
     commands: tuple[tuple[str, str], ...] = ()
     subspaces: tuple[Subspace, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xedge.report import Latency, Layer, Report, Row
+    from xedge.report import Choice, Latency, Layer, Report, Row
 
 TIMES, MINUS, ARROW, DASH = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{RIGHTWARDS ARROW}", "\N{EN DASH}"
 NONE = "\N{EM DASH}"
@@ -414,11 +414,13 @@ def sections(report: Report) -> list[tuple[str, list[str]]]:
         run.append(f"masked model against cut model: {_certificate(report.certificate)}")
     frozen = [f"{layer.name}: {layer.frozen}" for layer in report.layers if layer.frozen]
     notes = [*report.notes, *(f"{layer.name}: {layer.note}" for layer in report.layers if layer.note)]
+    forms = [line for choice in report.choices for line in choice_lines(choice)]
     files = [f"{a.target}: {a.path} ({a.kind}, {size(a.bytes)}, sha256 {a.sha256[:12]})" for a in report.artifacts]
     commands = [f"{what}: {command}" for what, command in report.commands]
     named = (
         ("Run", run),
         ("Layers that could not be cut", frozen),
+        ("Candidates", forms),
         ("Notes", notes),
         ("Artefacts", files),
         ("Commands", commands),
@@ -432,6 +434,17 @@ def _certificate(facts: Mapping[str, Any]) -> str:
         return f"not proven: {facts['reason']}"
     apart = "equal to the last bit" if facts["max_error"] == 0 else f"at most {facts['max_error']:.0e} apart in float64"
     return f"{apart} (limit {facts['limit']:.0e}); the {facts['channels']} channels of the last cut moved the output"
+
+
+def choice_lines(choice: Choice) -> list[str]:
+    """What a target ships and why, then each candidate with its held-back quality, its size and its fate."""
+    return [
+        f"{choice.target}: {choice.why}",
+        *(
+            f"{choice.target}, {c.form}: {c.words} ({c.quality} on held-back data, {size(c.bytes)})"
+            for c in choice.candidates
+        ),
+    ]
 
 
 def flat(data: Mapping[str, Any]) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +16,11 @@ from xedge.data import at_once, batches, enough
 from xedge.errors import InternalError
 from xedge.judge import Judge
 from xedge.metrics import agreement, snr_db
-from xedge.quantize import ScaleTable
 from xedge.simulate import Quantized
 from xedge.train import predict
 
 if TYPE_CHECKING:
+    from xedge.candidates import Form
     from xedge.progress import Talk
     from xedge.request import Loaded
 
@@ -60,11 +60,13 @@ def verify(
     original: nn.Module,
     small: nn.Module,
     float_model: ModelProto,
-    table: ScaleTable,
-    models: dict[str, Path],
+    shipped: Mapping[str, Form],
     talk: Talk,
 ) -> dict[str, Any]:
     """Quality of original, compressed float and each artefact on validation data, and each artefact's parity.
+
+    Args:
+        shipped: target -> its artefact, with the table and the flavour that it must agree with.
 
     Raises:
         InternalError: an artefact disagrees with the quantised torch model.
@@ -86,10 +88,11 @@ def verify(
     }
     for target in loaded.targets:
         talk.say(f"  {target.name}: {limit} validation images through the artefact")
-        judge = Quantized(small, float_model, table, target.flavour, data.shape)
+        form = shipped[target.name]
+        judge = Quantized(small, float_model, form.table, form.flavour, data.shape)
         with torch.no_grad():
             want = torch.cat([judge(x).flatten(1) for x in torch.split(images, 1 if judge.single else size)])
-        run = target.load(models[target.name], torch.get_num_threads())
+        run = target.load(form.path, torch.get_num_threads())
         got = torch.cat([_run(run, x.numpy()) for x, _ in batches(data.val, size, limit=limit)])
         row = quality.row(got, base, labels)
         row["verified_agreement"] = None if quality.restores else agreement(got[:judged], want)
@@ -103,7 +106,7 @@ def verify(
             raise InternalError(
                 f"the artefact disagrees with the quantised model: {same}"
                 f"{row['snr_db']:.1f} dB where {row['least_snr_db']:.1f} dB are expected",
-                where=str(models[target.name]),
+                where=str(form.path),
                 fix="report this model, and use another target meanwhile",
             )
     return out
