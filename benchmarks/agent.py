@@ -30,9 +30,12 @@ from __future__ import annotations
 import argparse
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import re
+import subprocess
 import sys
 import time
 import zipfile
@@ -42,6 +45,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 RUNTIMES = ("onnxruntime", "litert", "tflite-runtime")
+_MODULES = {"onnxruntime": "onnxruntime", "litert": "ai_edge_litert", "tflite-runtime": "tflite_runtime"}
 _X86 = ("x86_64", "AMD64", "i686")
 _NUMPY = {
     "tensor(float)": np.float32,
@@ -319,7 +323,43 @@ def facts(when: str) -> dict[str, Any]:
     for path, text in _each("/sys/class/power_supply/*/capacity"):
         folder = os.path.dirname(path)
         found["battery"][os.path.basename(folder)] = f"{text} % {_read(os.path.join(folder, 'status')) or ''}".strip()
+    mode = power_mode(_said("nvpmodel", "-q"))
+    if mode is not None:  # a Jetson
+        found["nvpmodel"] = mode
+        found["jetson_clocks"] = locked_clocks(_said("jetson_clocks", "--show"))  # empty without root
     return found
+
+
+def _said(*argv: str) -> str | None:
+    """What a board's own tool prints, in one line; None where there is none, or where it asks for rights."""
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return None
+    return " ".join(done.stdout.split()) if done.returncode == 0 and done.stdout.strip() else None
+
+
+def power_mode(nvpmodel: str | None) -> str | None:
+    """The name and number that `nvpmodel -q` prints: "NV Power Mode: MAXN 0"."""
+    return nvpmodel.rpartition("NV Power Mode:")[2].strip() if nvpmodel and "NV Power Mode:" in nvpmodel else None
+
+
+def locked_clocks(shown: str | None) -> dict[str, bool]:
+    """Whether each clock of `jetson_clocks --show` is locked: its least and its largest frequency are one."""
+    found = {}
+    for name, least, most in re.findall(
+        r"(\w+):?\s(?:\s*Online=1 Go\w+=\S+ )?MinFreq=(\d+) MaxFreq=(\d+)", shown or ""
+    ):
+        found[name] = least == most
+    return found
+
+
+def library_sha256(module: str) -> str | None:
+    """Of the largest shared library of an installed package: the runtime's own code."""
+    spec = importlib.util.find_spec(module)
+    folders = spec.submodule_search_locations if spec else None
+    found = [p for f in folders or [] for p in glob.glob(os.path.join(f, "**", "*.so*"), recursive=True)]
+    return _sha256(max(found, key=os.path.getsize)) if found else None
 
 
 def _memory_kib(name: str) -> int | None:
@@ -363,6 +403,7 @@ def first_facts(path: str, runtime: str, model: Model, threads: int, seed: int) 
         numpy=np.__version__,
         runtime=runtime,
         runtime_version=model.runtime_version,
+        runtime_sha256=library_sha256(_MODULES[runtime]),
         model=os.path.basename(path),
         model_sha256=_sha256(path),
         agent_sha256=_sha256(__file__),

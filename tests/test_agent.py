@@ -327,3 +327,34 @@ def test_it_runs_on_a_board_python_3_8_standard_library_and_numpy() -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }
     assert not top & runtimes
+
+
+# ---- Jetson ----
+
+SHOWN = """cpu0:  Online=1 Governor=schedutil MinFreq=729600 MaxFreq=1344000 CurrentFreq=729600 IdleStates: WFI=1 c7=1
+cpu1:  Online=1 Governor=schedutil MinFreq=1344000 MaxFreq=1344000 CurrentFreq=1344000 IdleStates: WFI=0 c7=0
+GPU MinFreq=306000000 MaxFreq=918000000 CurrentFreq=306000000
+EMC MinFreq=204000000 MaxFreq=2133000000 CurrentFreq=2133000000 FreqOverride=0"""
+
+
+def test_a_jetsons_clocks_and_power_mode() -> None:
+    shown = " ".join(SHOWN.split())
+    assert agent.locked_clocks(shown) == {"cpu0": False, "cpu1": True, "GPU": False, "EMC": False}
+    old = shown.replace("Governor", "Gonvernor")  # as a TX1 prints it
+    assert agent.locked_clocks(old) == agent.locked_clocks(shown)
+    assert agent.locked_clocks(None) == agent.locked_clocks("Error: must be root") == {}
+    assert agent.power_mode("NV Power Mode: MAXN 0") == "MAXN 0"
+    assert agent.power_mode("NVPM VERB: Current mode: NV Power Mode: MODE_15W_6CORE 2") == "MODE_15W_6CORE 2"
+    assert agent.power_mode("nvpmodel: command not found") is None
+
+
+def test_a_jetsons_tools_are_asked(tmp_path: Path, onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("nvpmodel", "NV Power Mode: MAXN\n0"), ("jetson_clocks", SHOWN)):
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<E\n{text}\nE\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code, lines, _ = run("--model", onnx_file, "--runtime", "onnxruntime", *SHORT)
+    assert code == 0
+    assert (lines[0]["nvpmodel"], lines[0]["jetson_clocks"]["GPU"]) == ("MAXN 0", False)
+    assert lines[-2]["nvpmodel"] == "MAXN 0"
+    assert len(lines[0]["runtime_sha256"]) == 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zipfile
@@ -27,6 +28,7 @@ from xedge.errors import LatencyMissed, UsageError
 from xedge.groups import find_groups
 from xedge.latency import Grid, LatencyCosts, Table, corrected, stair_of
 from xedge.load import load_target
+from xedge.measure import QUICK
 from xedge.models.resnet import resnet20
 from xedge.onnx_graph import Graph, export_float
 from xedge.pipeline import compress
@@ -48,9 +50,7 @@ def costs(model: nn.Module, shape: tuple[int, ...], table: Table | None = None) 
     return LatencyCosts(macs, found, table or Table("made up", {}, grids, 500.0, {"dense": 16}, 0))
 
 
-NETS = {
-    i: m for i, m in zip(IDS, MODELS, strict=True) if i in ("squeezenet", "shufflenet", "transposed", "pixel shuffle")
-}
+NETS = {i: m for i, m in zip(IDS, MODELS, strict=True) if i in ("squeezenet", "transposed", "pixel shuffle")}
 
 
 @cache
@@ -212,6 +212,8 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
 def test_the_loop_on_this_host(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(latency, "PROCESSES", 2)
+    monkeypatch.setattr(latency, "SWEEP", 9)
+    monkeypatch.setattr("xedge.meter.QUICK", dataclasses.replace(QUICK, processes=2, retries=0))
     told: list[str] = []
     talk = Talk(quiet=True)
     monkeypatch.setattr(Talk, "say", lambda self, line: told.append(line))
@@ -306,3 +308,10 @@ def test_bad_requests(request_: Request, tmp_path: Path, more: dict[str, object]
         compress(Request(**{**request_.__dict__, **more}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_device_without_python_has_no_table(request_: Request, tmp_path: Path) -> None:
+    file = tmp_path / "phone.toml"
+    file.write_text('address = "adb://X"\nbenchmark_model = "/data/local/tmp/benchmark_model"\n')
+    with pytest.raises(UsageError, match="device phone: times by benchmark_model alone, and a latency table needs"):
+        compress(Request(**{**request_.__dict__, "device": str(file)}), tmp_path / "run")

@@ -390,7 +390,7 @@ def _nothing(opset: int) -> Any:
 
 _STABLE = (
     "machine", "system", "cpu_model", "cores", "affinity", "memory_kib", "governors", "khz_limit", "runtime",
-    "runtime_version", "threads", "agent_sha256",
+    "runtime_version", "runtime_sha256", "threads", "agent_sha256", "nvpmodel", "jetson_clocks",
 )  # fmt: skip
 """Facts of the agent that decide whether an old time still holds."""
 

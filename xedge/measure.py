@@ -275,7 +275,9 @@ def fault(process: Process, protocol: Protocol) -> tuple[Verdict, str] | None:
     # 0.8: the clock readings between runs count towards the agent's seconds, and weigh in for microsecond models.
     if runs < protocol.min_runs or (measured < 0.8 * protocol.seconds and runs < protocol.max_runs):
         return "incomplete", f"{runs} runs in {measured:.3g} s"
-    changed = [key for key in ("governors", "khz_limit") if process.before.get(key) != process.after.get(key)]
+    changed = [
+        key for key in ("governors", "khz_limit", "nvpmodel") if process.before.get(key) != process.after.get(key)
+    ]
     if changed:
         return "throttled", f"{' and '.join(changed)} changed during the runs"
     if process.after.get("throttle_events", 0) > process.before.get("throttle_events", 0):

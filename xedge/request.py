@@ -306,8 +306,13 @@ def _check_numbers(r: Request) -> None:
         )
     if r.latency is not None and r.macs is not None:
         raise UsageError("--latency and --macs exclude each other", fix="leave one of them out")
-    if r.device is not None:
-        describe(r.device)
+    about = None if r.device is None else describe(r.device)
+    if r.latency is not None and about is not None and about.tools and not about.python:
+        raise UsageError(
+            f"times by {' and '.join(about.tools)} alone, and a latency table needs Python there",
+            where=f"device {about.name}",
+            fix="name its python in the device file, or ask for --macs and hold the run to xedge gate --latency",
+        )
     if r.qat < 0:
         raise UsageError(f"--qat {r.qat} is below 0", fix="give the epochs of training in integers")
     if r.qat and (r.bytes is not None or r.codebook):
