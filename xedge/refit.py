@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xedge.batchnorm import IMAGES, Statistics, matching
+from xedge.batchnorm import IMAGES, Statistics, matching, together
 from xedge.data import Images, at_once, batches, enough, pictured
 from xedge.fold import fold
 from xedge.groups import Groups
@@ -74,7 +74,6 @@ def cut_and_fold(
         sequential: whether to fit each layer anew after that, on `head` images.
     """
     small = cut(before if observed is None else fold(before, groups, keep, observed), groups, keep)
-    size = at_once(images)
     first = head(images) if sequential else 0
     with matching(small, before, groups, keep, statistics) if statistics else nullcontext():
         if first:
@@ -83,7 +82,7 @@ def cut_and_fold(
                 small(x)
         if statistics:
             seen = 0
-            for x, _ in batches(images, size, shuffle_seed=0, limit=enough(images, IMAGES)):
+            for x, _ in batches(images, together(images), shuffle_seed=0, limit=enough(images, IMAGES)):
                 seen += len(x)
                 if len(x) > 1 and seen > first:  # one image has no spread between images
                     small(x)
