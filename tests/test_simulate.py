@@ -176,7 +176,7 @@ def test_wrong_graphs_fall_below_the_limit_and_right_ones_do_not(name: str, flav
     judge = Quantized(net, proto, table, flavour, tuple(x.shape[1:]))
     with torch.no_grad():
         want = judge(x)
-    least = least_snr(judge, x, want)
+    least = least_snr(judge, x, want, 64)
     assert 15 < least <= MOST
 
     def reaches(candidate: onnx.ModelProto, *, exact: bool = True) -> float:

@@ -115,6 +115,13 @@ def diagnose(folder: Path, name: str | None = None, talk: Talk | None = None) ->
     targets = [t for t in loaded.targets if name in (None, t.name, *t.aliases)]
     if not targets:
         raise UsageError(f"the run has no target {name}", fix=f"choose one of {', '.join(report.targets)}")
+    for choice in report.choices:
+        if choice.target in {t.name for t in targets} and choice.form not in ("int8", "float"):
+            raise UsageError(
+                f"{choice.target} ships {choice.form}, and the stages lead to the plan's int8",
+                where=str(folder),
+                fix="diagnose another target, or a run without --device",
+            )
     artefacts = {a.target: folder / a.path for a in report.artifacts}
     return [_Patient(folder, loaded, t, artefacts[t.name], talk).examine() for t in targets]
 
