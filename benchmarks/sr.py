@@ -66,8 +66,8 @@ RATES = (1e-3, 5e-4)
 CALIBRATED = 32
 SIDE = {"sr": 144, "denoise": 256, "deblock": 256}
 """Of the middle of a held-out picture that is judged, and of the files: what fits into the smallest picture."""
-HD = (360, 640)
-"""The input of an output of 1280x720 at scale 2."""
+HD = 720 * 1280
+"""Pixels of the output that multiply-adds are given for."""
 
 Make = Callable[[], nn.Module]
 BASE = "X-SRResNet"
@@ -123,7 +123,8 @@ def data_of(task: str, level: int, steps: int, photographs: Path, test: Path) ->
     count = len(load.load_data(f"{spec}&patches=1", root=None, seed=0).train)
     patches = math.ceil(steps / 2 / EPOCHS * BATCH / count)
     large = re.sub(r"patch=\d+", f"patch={SIDE[task]}&patches=1", spec)
-    return (load.load_data(s, root=None, seed=0) for s in (f"{spec}&patches={patches}", large))  # type: ignore[return-value]
+    small, whole = (load.load_data(s, root=None, seed=0) for s in (f"{spec}&patches={patches}", large))
+    return small, whole
 
 
 @torch.no_grad()
@@ -187,18 +188,21 @@ def files(model: nn.Module, large: Data, folder: Path) -> dict[str, Path]:
     return made
 
 
-def measure(name: str, model: nn.Module, data: Data, large: Data, out: Path, seconds: float = 0.0) -> dict[str, Any]:
-    """One row."""
-    row: dict[str, Any] = {"task": data.name.partition(":")[0], "notes": data.notes[0], "net": name}
-    row |= {"seconds": seconds, "parameters": parameters(model), "macs": macs(model, (3, 90, 160)).total}
-    row["macs"] *= HD[0] * HD[1] / (90 * 160)
-    row["float"] = judged(model, data)
-    made = files(model, large, out / re.sub(r"[^A-Za-z0-9]+", "-", f"{data.notes[0]} {name}"))
-    row["files"] = {key: str(path.relative_to(out)) for key, path in made.items()}
+def measured(model: nn.Module, data: Data, large: Data, folder: Path) -> dict[str, Any]:
+    """What a row says of a net; its files stay in `folder`."""
+    sized = macs(model, (3, 32, 32)).total * HD / (32 * (data.scale or 1)) ** 2
+    row = {"parameters": parameters(model), "macs": sized, "float": judged(model, data)}
+    made = files(model, large, folder)
+    row["files"] = {key: f"{folder.name}/{path.name}" for key, path in made.items()}
     for runtime, target in RUNTIMES.items():
         run = load.load_target(target).load(made[f"{runtime} int8"], 1)
         row[runtime] = judged(lambda x, run=run: torch.from_numpy(run(x.numpy())), data)  # type: ignore[misc]
     return row
+
+
+def slug(name: str) -> str:
+    """A name as files have it."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name)
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -246,18 +250,20 @@ class Rows:
 def compared(task: str, level: int, steps: int, photographs: Path, test: Path, out: Path, rows: Rows) -> str:
     """All rows of one task; returns its note, which names it."""
     data, large = data_of(task, level, steps, photographs, test)
-    note = data.notes[0]
-    key = re.sub(r"[^A-Za-z0-9]+", "-", note)
+    note = f"{data.notes[0]}, {steps} steps"
+    key = slug(note)
+
+    about = {"task": task, "notes": note}
 
     def full(name: str, model: nn.Module, first: Path | None = None) -> None:
         if rows.has(notes=note, net=name):
             return
         started = time.monotonic()
-        slug = f"{key}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
+        where = out / f"{key}-{slug(name)}"
         if first is None:
-            half(model, 0, data, out / f"{slug}.0.safetensors")
-        half(model, 1, data, out / f"{slug}.1.safetensors")
-        rows.add(measure(name, model, data, large, out, time.monotonic() - started))
+            half(model, 0, data, where.with_suffix(".0.safetensors"))
+        half(model, 1, data, where.with_suffix(".1.safetensors"))
+        rows.add({**about, "net": name, "seconds": time.monotonic() - started, **measured(model, data, large, where)})
 
     def fresh(make: Make) -> nn.Module:
         torch.manual_seed(0)
@@ -265,16 +271,12 @@ def compared(task: str, level: int, steps: int, photographs: Path, test: Path, o
 
     name = "bicubic" if task == "sr" else "the input itself"
     if not rows.has(notes=note, net=name):
-        row: dict[str, Any] = {"task": task, "notes": note, "net": name, "parameters": 0, "macs": 0}
-        plain = task != "sr"
-        rows.add(
-            {**row, "float": judged(nn.Identity(), data)} if plain else measure(name, Bicubic(2), data, large, out)
-        )
+        plain = {"parameters": 0, "macs": 0, "float": judged(nn.Identity(), data)} if task != "sr" else None
+        rows.add({**about, "net": name, **(plain or measured(Bicubic(2), data, large, out / f"{key}-{name}"))})
     for name, make in (SR if task == "sr" else RESTORERS).items():
         full(name, fresh(make))
     if task == "sr":
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", BASE)
-        trained = out / f"{key}-{slug}.0.safetensors"
+        trained = out / f"{key}-{slug(BASE)}.0.safetensors"
         for part in PARTS:
             for method in METHODS:
                 name = f"{BASE} / {part}, {method}"
