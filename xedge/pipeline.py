@@ -29,7 +29,7 @@ from xedge.budget import choose_bits, samples
 from xedge.candidates import ship
 from xedge.data import enough
 from xedge.equalize import equalize
-from xedge.errors import UsageError
+from xedge.errors import UnsupportedGraph, UsageError
 from xedge.export import write_flavour
 from xedge.groups import Groups, find_groups
 from xedge.iterate import Result, ps_iteration
@@ -43,6 +43,7 @@ from xedge.progress import Talk
 from xedge.prune import apply_spec, cut_spec
 from xedge.qat import tune
 from xedge.quantize import ScaleTable
+from xedge.report import Crop
 from xedge.request import Loaded, Request, default_folder, load_everything
 from xedge.run import Run, read_json
 from xedge.target import Target
@@ -163,6 +164,8 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
             assemble(run.folder, loaded, original, result, table, read_json(verified), timed, models, originals),
             choices=tuple(choices),
         )
+        if data.pictures:
+            report = replace(report, crops=_crops(run, loaded, models, plain, talk))
         write_report(report, run.folder / "report.json")
         write_html(report, run.folder / "report.html")
         return run
@@ -307,6 +310,20 @@ def _baseline(run: Run, target: Target, plain: Path) -> Path:
             shutil.rmtree(folder)
 
     return run.step(f"original{target.suffix}", {"onnx": plain, "target": target.name}, make)
+
+
+def _crops(run: Run, loaded: Loaded, models: dict[str, Path], plain: Path, talk: Talk) -> tuple[Crop, ...]:
+    """Parts of held-out pictures; none where the net takes pictures of one size only."""
+    from xedge.crops import FOLDER, crops, read
+
+    target = loaded.targets[0]
+    talk.say(f"  {target.name}: crops of held-out pictures")
+    inputs = {"original": plain, "compressed": models[target.name], "target": target.name, "data": loaded.data.name}
+    try:
+        return read(run.step(FOLDER, inputs, lambda p: crops(run.folder, target, loaded.data.pictures, p)))
+    except UnsupportedGraph as e:
+        talk.say(f"  no crops: {e}")
+        return ()
 
 
 def _latency(loaded: Loaded, models: dict[str, Path], originals: dict[str, Path], path: Path, talk: Talk) -> None:

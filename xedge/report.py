@@ -197,6 +197,52 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Crop:
+    """A part of a held-out picture as each model restores it.
+
+    Attributes:
+        picture: its file's name. target: whose artefact is the compressed one.
+        left, top, side: of the square, in pixels of the true picture.
+        psnr, ssim: of Y, of this crop alone; by ``bicubic`` (``input`` where nothing is enlarged), ``original`` and
+            ``compressed``.
+        files: the PNG files in the run's ``crops`` folder, ``truth`` among them.
+    """
+
+    picture: str
+    target: str
+    left: int
+    top: int
+    side: int
+    psnr: dict[str, float]
+    ssim: dict[str, float]
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Original and compressed at a size of picture other than the artefact's own.
+
+    Attributes:
+        target: whose artefact. device, runtime: where and what ran it. protocol: of the measurement.
+        width, height: of the output.
+        macs_before, macs_after: multiply-accumulates of one picture.
+        before_ms, after_ms: median latencies. ratio: as `Latency` has it, None where no speed-up may be claimed.
+    """
+
+    target: str
+    device: str
+    runtime: str
+    protocol: str
+    width: int
+    height: int
+    macs_before: int
+    macs_after: int
+    before_ms: float
+    after_ms: float
+    ratio: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole run.
 
@@ -209,6 +255,8 @@ class Report:
         certificate: of the final cut, masked against cut. artifacts: files that devices run.
         notes: one line each. planned_bits_mean: bits a weight over the model.
         subspaces: discriminant components of each group. choices: which form each target ships.
+        subspaces: discriminant components of each group.
+        crops: of held-out pictures, where the data have any. sizes: what was timed at other sizes of pictures.
         commands: (what it does, the command), e.g. to repeat this run or to build the engine on the board.
     """
 
@@ -231,6 +279,8 @@ class Report:
     commands: tuple[tuple[str, str], ...] = ()
     subspaces: tuple[Subspace, ...] = ()
     choices: tuple[Choice, ...] = ()
+    crops: tuple[Crop, ...] = ()
+    sizes: tuple[Sized, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -444,4 +494,4 @@ def write_html(report: Report, path: Path) -> None:
     """Write one self-contained HTML page atomically. Raises UsageError when `path` cannot be written."""
     from xedge import report_page  # draws with matplotlib, which the terminal does not need
 
-    write_atomic(path, report_page.render(report))
+    write_atomic(path, report_page.render(report, path.parent))

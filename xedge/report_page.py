@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.resources
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
@@ -15,8 +18,16 @@ if TYPE_CHECKING:
     from xedge.report import Report
 
 
-def render(report: Report) -> str:
-    """The page. Everything that comes from the report is escaped; only the plots are markup."""
+MOST_BYTES = 1 << 18
+"""Of one embedded picture."""
+
+
+def render(report: Report, folder: Path | None = None) -> str:
+    """The page. Everything that comes from the report is escaped; only the plots are markup.
+
+    Args:
+        folder: the run's, with the pictures of its crops.
+    """
     import jinja2
 
     template = importlib.resources.files("xedge").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -26,10 +37,34 @@ def render(report: Report) -> str:
     environment.filters["breakable"] = _breakable
     return environment.from_string(template).render(
         _page(report),
+        crops=list(_crops(report, folder)),
         accuracy_plot=report_plots.accuracy_against_macs(report),
         bits_plot=report_plots.bits_per_layer(report),
         components_plot=report_plots.explained_by_components(report),
     )
+
+
+def _crops(report: Report, folder: Path | None) -> Iterator[dict[str, Any]]:
+    """Each crop that is on disk, its pictures as data URIs."""
+    names = {
+        "bicubic": "bicubic",
+        "input": "input",
+        "original": "original",
+        "compressed": "compressed",
+        "truth": "truth",
+    }
+    for crop in report.crops:
+        shown = []
+        for name, caption in names.items():
+            path = folder / "crops" / crop.files[name] if folder is not None and name in crop.files else None
+            if path is None or not path.is_file() or path.stat().st_size > MOST_BYTES:
+                continue
+            uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+            score = f"{crop.psnr[name]:.2f} dB, {crop.ssim[name]:.4f}" if name in crop.psnr else "PSNR, SSIM"
+            shown.append({"name": caption, "uri": uri, "score": score})
+        if shown:
+            where = f"{crop.picture}, {crop.side}x{crop.side} at {crop.left}, {crop.top}"
+            yield {"where": where, "target": crop.target, "shown": shown, "side": crop.side}
 
 
 def _breakable(text: str) -> Markup:
