@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,27 @@ import pytest
 import tiny
 import tiny_pictures
 import torch
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from xedge import pipeline
+from xedge.bench import bench_at
+from xedge.crops import busiest
 from xedge.data import enough
+from xedge.errors import UsageError
+from xedge.image_metrics import psnr
 from xedge.judge import Judge
 from xedge.metrics import macs
 from xedge.onnx_graph import Graph, export_float
 from xedge.pipeline import rebuild
+from xedge.progress import Talk
 from xedge.quantize import ScaleTable
 from xedge.ranges import calibrate, for_pictures, last_layers
 from xedge.report import read_json
+from xedge.report_words import sections
+from xedge.request import Request, load_everything
+from xedge.run import Run
 from xedge.run import read_json as read
 from xedge.train import Recipe, fit, predict
 
@@ -121,6 +133,82 @@ def test_training_goes_on_after_a_kill_as_if_nothing_had_been(picture_weights: P
     judge = Judge.of(data)
     (before, truth), (after, _) = predict(fresh(), data.train), predict(whole, data.train)
     assert judge.quality(after, truth, after) > judge.quality(before, truth, before)
+
+
+# -- sub-pixel layers ------------------------------------------------------------------------------------------------
+
+
+def test_subpixel_layers_are_rewritten_and_fitted(picture_weights: Path, tmp_path: Path) -> None:
+    request = Request(
+        model=tiny_pictures.NET, weights=str(picture_weights), data=tiny_pictures.DATA, rewrite_subpixel=True, epochs=1
+    )
+    loaded = load_everything(request)
+    with Run.open(tmp_path / "run", request.to_json()) as run:
+        pipeline._original(loaded, tmp_path / "new.safetensors", run, Talk(quiet=True))
+    new = loaded.factory()
+    assert not any(isinstance(m, torch.nn.PixelShuffle) for m in new.modules())
+    new.load_state_dict(load_file(tmp_path / "new.safetensors"))
+    judge, data = Judge.of(loaded.data), loaded.data
+    (before, truth), (after, _) = predict(loaded.model, data.val), predict(new, data.val)
+    drawn, _ = predict(loaded.factory(), data.val)
+    assert judge.quality(drawn, truth, drawn) + 1 < judge.quality(after, truth, after)
+    assert judge.quality(after, truth, after) < judge.quality(
+        before, truth, before
+    )  # a few taps too few, and one epoch
+    with safe_open(tmp_path / "new.safetensors", "pt") as f:
+        assert "after training" in f.metadata()["note"]
+    with pytest.raises(UsageError, match="pixel shuffle"):
+        load_everything(Request(model=tiny.NET, data=tiny.DATA, rewrite_subpixel=True))
+
+
+# -- crops and sizes -------------------------------------------------------------------------------------------------
+
+
+def test_crops_of_held_out_pictures_are_in_the_report(restored: Path) -> None:
+    report, page = read_json(restored / "report.json"), (restored / "report.html").read_text()
+    assert [c.picture for c in report.crops] == ["200.png", "201.png"]
+    assert page.count("data:image/png;base64,") == 8
+    for crop, picture in zip(report.crops, tiny_pictures.data().pictures, strict=True):
+        truth = picture.load()[1][crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
+        shown = {n: np.asarray(Image.open(restored / "crops" / f)) for n, f in crop.files.items()}
+        np.testing.assert_array_equal(shown["truth"], truth)
+        planes = {n: torch.from_numpy(p / np.float32(255)).permute(2, 0, 1) for n, p in shown.items()}
+        for name in ("bicubic", "original", "compressed"):
+            assert crop.psnr[name] == pytest.approx(psnr(planes["truth"], planes[name]))
+            assert f"{crop.psnr[name]:.2f} dB" in page
+        model = tiny_pictures.net().eval()
+        model.load_state_dict(load_file(restored / "original.safetensors"))
+        small = torch.from_numpy(picture.load()[0] / np.float32(255)).permute(2, 0, 1)
+        with torch.no_grad():
+            whole = (255 * model(small[None])[0].permute(1, 2, 0).clamp(0, 1)).round().numpy()
+        cut = whole[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
+        assert np.abs(cut - shown["original"]).max() <= 1  # the crop is what the whole picture has there
+
+
+def test_the_busiest_part_is_found() -> None:
+    flat = np.full((400, 600, 3), 90, np.uint8)
+    flat[200:260, 400:460] = np.random.default_rng(0).integers(0, 255, (60, 60, 3))
+    top, left, side = busiest(flat, 4)
+    assert (top % 4, left % 4, side) == (0, 0, 160)
+    assert top <= 200 <= 260 <= top + side
+    assert left <= 400 <= 460 <= left + side
+
+
+def test_bench_times_other_sizes(restored: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(restored, folder)
+    found, record = next(iter(bench_at(folder, "local", "quick", 1, Talk(quiet=True), (64, 48))))
+    report = read_json(folder / "report.json")
+    assert report.sizes == (found,)
+    before, after = report.row("original", found.target), report.row("compressed", found.target)
+    assert before is not None
+    assert after is not None
+    assert (found.macs_before, found.macs_after) == (before.macs * 32 * 24 // 144, after.macs * 32 * 24 // 144)
+    assert found.macs_before == macs(tiny_pictures.net(), (3, 24, 32)).total
+    assert found.before_ms == record.a.interval.median > 0
+    assert "64x48" in "".join(line for _, lines in sections(report) for line in lines)
+    with pytest.raises(UsageError, match="multiple of 2"):
+        next(iter(bench_at(folder, "local", "quick", 1, Talk(quiet=True), (63, 48))))
 
 
 # -- ranges ----------------------------------------------------------------------------------------------------------

@@ -34,13 +34,13 @@ class Net(nn.Module):
         self.second = nn.Conv2d(16, 16, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(16)
         self.third = nn.Conv2d(16, 24, 3, padding=1)
-        self.up = nn.Conv2d(24, 3 * SCALE * SCALE, 3, padding=1)
+        self.up, self.shuffle = nn.Conv2d(24, 3 * SCALE * SCALE, 3, padding=1), nn.PixelShuffle(SCALE)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] to [N, 3, 2 H, 2 W]."""
         y = self.slope(self.first(x))
         y = y + self.norm(self.second(y))
-        return F.pixel_shuffle(self.up(torch.relu(self.third(y))), SCALE) + F.interpolate(x, scale_factor=SCALE)
+        return self.shuffle(self.up(torch.relu(self.third(y)))) + F.interpolate(x, scale_factor=SCALE)
 
 
 def net() -> Net:

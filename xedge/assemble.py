@@ -115,6 +115,10 @@ def assemble(
         )
         rows_of = (f"iteration {r['index']}: {r['predicted']} predicted, {r['spent']}" for r in result.records[1:])
         notes += rows_of
+    if "plain" in verified:
+        what = "plain bicubic enlarging gives" if data.scale != 1 else "the input itself has"
+        better = verified["original"]["psnr"] > verified["plain"]["psnr"]
+        notes.append(f"{what} {verified['plain']['psnr']:.2f} dB" + ("" if better else ": the original is no better"))
     prices = [r["price"] for r in result.records if r.get("price")]
     price = None
     if prices and result.chosen:

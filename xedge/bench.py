@@ -9,10 +9,11 @@ from pathlib import Path
 from xedge.agree import check_outputs
 from xedge.device import Device, open_device
 from xedge.errors import UsageError
+from xedge.load import load_target
 from xedge.measure import Protocol, compare, measure, preset, runtime_for
 from xedge.measurement import BENCH, Comparison, Measurement, append_measurement, read_measurements, trust
 from xedge.progress import Talk
-from xedge.report import Report, read_json, write_html, write_json
+from xedge.report import Report, Sized, read_json, write_html, write_json
 from xedge.run import digest_file
 from xedge.target import Artifact
 
@@ -56,6 +57,64 @@ def bench(
     refresh(path)
 
 
+def bench_at(
+    path: Path, address: str, protocol: str, threads: int, talk: Talk, size: tuple[int, int]
+) -> Iterator[tuple[Sized, Comparison]]:
+    """Time a run's artefacts, original against compressed, on pictures of another size, and put that into its report.
+
+    Args:
+        path: a run folder, of a net that restores pictures.
+        size: (width, height) of the output.
+
+    Raises:
+        UsageError: not a finished run, or a size that no input gives.
+        UnsupportedGraph: the net takes pictures of one size only.
+        DeviceError: the device is absent or was lost.
+    """
+    from xedge.onnx_graph import Graph
+    from xedge.sizes import baseline_of, compiled, resized, scale_of, source
+
+    chosen, report = preset(protocol), _report(path)
+    if threads < 1:
+        raise UsageError(f"--threads {threads} is below 1", fix="give 1 or more")
+    with open_device(address, say=talk.say) as device:
+        for artifact in _runs_there(report.artifacts, device, path):
+            target = load_target(artifact.target)
+            small, large = source(path, target), source(path, None)
+            scale, graph = scale_of(small), Graph(small)
+            own = graph.shapes[graph.inputs[0]]
+            if size[0] % scale or size[1] % scale:
+                raise UsageError(f"is no multiple of {scale}", where=f"--size {size[0]}x{size[1]}", fix="mend it")
+            height, width = size[1] // scale, size[0] // scale
+            rows = [report.row(name, artifact.target) for name in ("original", "compressed")]
+            before, after = (round(r.macs * height * width / (own[2] * own[3])) if r else 0 for r in rows)
+            models = compiled(resized(small, height, width), target), baseline_of(resized(large, height, width), target)
+            with models[0] as model, models[1] as other:
+                record = _timed(device, model, other, chosen, threads, talk)
+            assert isinstance(record, Comparison)
+            append_measurement(path / BENCH, record)
+            ratio = (record.ratio.median, record.ratio.lower, record.ratio.upper) if record.verdict == "ok" else None
+            found = Sized(
+                target=artifact.target,
+                device=record.b.device,
+                runtime=f"{record.b.runtime} {record.b.runtime_version}",
+                protocol=protocol,
+                width=size[0],
+                height=size[1],
+                macs_before=before,
+                macs_after=after,
+                before_ms=record.a.interval.median,
+                after_ms=record.b.interval.median,
+                ratio=ratio,
+            )
+            key = (found.target, found.device, found.width, found.height)
+            others = (s for s in report.sizes if (s.target, s.device, s.width, s.height) != key)
+            report = replace(report, sizes=(*others, found))
+            write_json(report, path / "report.json")
+            write_html(report, path / "report.html")
+            yield found, record
+
+
 def _timed(
     device: Device, model: Path, other: Path | None, protocol: Protocol, threads: int, talk: Talk
 ) -> Measurement | Comparison:
@@ -77,8 +136,6 @@ def runs_there(artifacts: Sequence[Artifact], device: Device, run: Path) -> list
     """The run's artefacts that a device is for; UsageError where there are none."""
     if device.target is None:
         return list(artifacts)
-    from xedge.load import load_target
-
     target = load_target(device.target).name
     found = [artifact for artifact in artifacts if artifact.target == target]
     if not found:

@@ -188,6 +188,7 @@ def main() -> None:
 @click.option("--batch", type=int, help="Images a training step.  [128; of pictures 16]")
 @click.option("--seed", type=click.IntRange(0), help="Of everything drawn at random.  [0]")
 @click.option("--exclude", metavar="REGEX", help="Layers whose channels stay.")
+@click.option("--rewrite-subpixel", is_flag=True, default=None, help="Nearest neighbours in place of pixel shuffles.")
 @click.option("--prune-stem", is_flag=True, default=None, help="Cut the layer that reads the image like any other.")
 @click.option("--fold/--no-fold", default=None, help="Fit what stays to what the net gave before the cut.  [fold]")
 @click.option("--allocation", metavar="HOW", help="uniform, global, di or taylor.  [tried against each other]")
@@ -339,17 +340,37 @@ def _judge_latency(report: Report, budget_ms: float) -> None:
 @click.option("--baseline", type=click.Path(path_type=Path), help="Run or file to compare with.  [the run's original]")
 @click.option("--protocol", default="standard", show_default=True, help="reference, standard or quick.")
 @click.option("--threads", default=1, show_default=True, help="Threads of the runtime.")
+@click.option("--size", type=PICTURE, help="Output of a net that restores pictures, 1280x720.  [the artefact's own]")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON lines.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def bench(
-    path: Path, device: str, baseline: Path | None, protocol: str, threads: int, as_json: bool, quiet: bool
+    path: Path,
+    device: str,
+    baseline: Path | None,
+    protocol: str,
+    threads: int,
+    size: tuple[int, int] | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Time a run's artefacts, original against compressed, interleaved; append to RUN/bench.jsonl. Or time one file."""
     from xedge.bench import bench as timed
+    from xedge.bench import bench_at
+    from xedge.errors import UsageError
     from xedge.measurement import to_json
     from xedge.measurement import to_text as as_text
     from xedge.progress import Talk
+    from xedge.report_words import sized
 
+    if size is not None:
+        if baseline is not None or not path.is_dir():
+            raise UsageError("--size is for a run and its own original", where=str(path), fix="leave --size out")
+        for found, comparison in bench_at(path, device, protocol, threads, Talk(quiet=quiet), size):
+            row = {**found.__dict__, "measured": to_json(comparison)}
+            click.echo(json.dumps(row) if as_json else sized(found))
+            if comparison.verdict != "ok":
+                click.echo(f"xedge: {found.target}: {comparison.verdict}: {comparison.reason}", err=True)
+        return
     for name, record in timed(path, device, protocol, threads, Talk(quiet=quiet), baseline):
         click.echo(json.dumps({"target": name, **to_json(record)}) if as_json else f"{name}: {as_text(record)}")
         if record.verdict != "ok":

@@ -18,6 +18,7 @@ from xedge.observe import observe
 from xedge.plan import allocate, reachable
 from xedge.progress import Talk
 from xedge.request import Request, load_everything
+from xedge.subpixel import rewrite_subpixels
 
 
 def dry_run(request: Request, talk: Talk | None = None) -> dict[str, Any]:
@@ -27,6 +28,8 @@ def dry_run(request: Request, talk: Talk | None = None) -> dict[str, Any]:
         raise UsageError("--dry-run measures nothing, and --latency is planned by measurement", fix="leave one out")
     loaded = load_everything(request)
     original = loaded.model.eval()
+    if request.rewrite_subpixel:
+        original = rewrite_subpixels(original, [torch.stack([loaded.data.train[0][0]])])[0]
     groups = find_groups(
         original, torch.stack([loaded.data.train[0][0]]), exclude=request.exclude, prune_stem=request.prune_stem
     )

@@ -39,6 +39,12 @@ def charbonnier(error: Tensor) -> Tensor:
     return (error.square() + CHARBONNIER**2).sqrt()
 
 
+def enlarged(x: Tensor, size: torch.Size) -> Tensor:
+    """Pictures [N, C, h, w] at `size` (H, W), not below their own, by the field's bicubic: Keys' kernel, a = -1/2."""
+    # With antialias torch takes that a; enlarging has nothing to smooth.
+    return nn.functional.interpolate(x, size=size, mode="bicubic", antialias=True)
+
+
 @dataclass(frozen=True)
 class Judge:
     """How good answers are on one data set.

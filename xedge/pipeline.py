@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xedge.budget import choose_bits, samples
 from xedge.candidates import ship
-from xedge.data import enough
+from xedge.data import at_once, batches, enough
 from xedge.equalize import equalize
 from xedge.errors import UnsupportedGraph, UsageError
 from xedge.export import write_flavour
@@ -46,11 +47,15 @@ from xedge.quantize import ScaleTable
 from xedge.report import Crop
 from xedge.request import Loaded, Request, default_folder, load_everything
 from xedge.run import Run, read_json
+from xedge.subpixel import rewrite_subpixels
 from xedge.target import Target
 from xedge.train import Recipe, fit, predict
 
 BASE_EPOCHS = {"lenet5": 12}
 BASE_EPOCHS_DEFAULT = 8
+REWRITTEN = 64
+"""Training pictures that rewritten layers are fitted to."""
+EXACT = 1e-5
 BASE_STEPS = 2000
 """At least so many steps for nets that restore pictures, of whose patches there may be few."""
 BASE_RATE, PICTURE_BASE_RATE = 0.05, 1e-3
@@ -164,6 +169,9 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
             assemble(run.folder, loaded, original, result, table, read_json(verified), timed, models, originals),
             choices=tuple(choices),
         )
+        with safe_open(weights, "pt") as opened:
+            note = (opened.metadata() or {}).get("note")
+        report = replace(report, notes=(*report.notes, *([note] if note else [])))
         if data.pictures:
             report = replace(report, crops=_crops(run, loaded, models, plain, talk))
         write_report(report, run.folder / "report.json")
@@ -178,9 +186,10 @@ def _within_reach(loaded: Loaded) -> None:
         UsageError: none does.
     """
     example = torch.stack([loaded.data.train[0][0]])
-    groups = find_groups(loaded.model, example, exclude=loaded.request.exclude, prune_stem=loaded.request.prune_stem)
-    meter = _macs_meter(loaded, loaded.model)
-    meter.check(loaded.model, groups, loaded.settings.align, meter.spent(0, loaded.model, Path()))
+    model = loaded.factory() if loaded.request.rewrite_subpixel else loaded.model
+    groups = find_groups(model, example, exclude=loaded.request.exclude, prune_stem=loaded.request.prune_stem)
+    meter = _macs_meter(loaded, model)
+    meter.check(model, groups, loaded.settings.align, meter.spent(0, model, Path()))
 
 
 def _macs_meter(loaded: Loaded, model: nn.Module) -> MacsMeter:
@@ -205,7 +214,8 @@ def _meter(
 def _base_facts(loaded: Loaded) -> dict[str, Any]:
     r = loaded.request
     facts = {"model": r.model, "contents": r.to_json()["contents"], "data": r.data, "seed": r.seed}
-    return {**facts, "base_epochs": r.base_epochs} if loaded.trained_here else facts
+    facts = {**facts, "base_epochs": r.base_epochs} if loaded.trained_here else facts
+    return {**facts, "rewrite": [r.epochs, loaded.lr, loaded.batch]} if r.rewrite_subpixel else facts
 
 
 def _original(loaded: Loaded, path: Path, run: Run, talk: Talk) -> None:
@@ -219,7 +229,36 @@ def _original(loaded: Loaded, path: Path, run: Run, talk: Talk) -> None:
         checkpoint = run.folder / ".original.checkpoint.safetensors"
         fit(model, loaded.data, recipe, checkpoint=checkpoint, talk=talk, what=f"training {request.model}")
         checkpoint.unlink(missing_ok=True)
-    save_file({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, path)
+    notes = {}
+    if request.rewrite_subpixel:
+        model, notes["note"] = _rewritten(model, loaded, run, talk)
+    save_file({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, path, notes)
+
+
+def _rewritten(model: nn.Module, loaded: Loaded, run: Run, talk: Talk) -> tuple[nn.Module, str]:
+    """Nearest neighbours and convolutions for sub-pixel layers: fitted, and trained for --epochs where not exact. With
+    it what that cost, in words."""
+    data, request, judge = loaded.data, loaded.request, Judge.of(loaded.data)
+    images = [x for x, _ in batches(data.train, at_once(data.train), shuffle_seed=request.seed, limit=REWRITTEN)]
+    new, errors = rewrite_subpixels(model, images)
+    held = judge.held(len(data.select))
+
+    def quality(net: nn.Module) -> str:
+        out, truth = predict(net, data.select, limit=held)
+        return judge.say(judge.quality(out, truth, out))
+
+    words = (
+        f"sub-pixel layers were rewritten: the fit leaves {max(errors.values()):.2%} of their deviation, "
+        f"{quality(new)} on held-back data for {quality(model)} before"
+    )
+    if max(errors.values()) > EXACT and request.epochs:
+        recipe = Recipe(epochs=request.epochs, lr=loaded.lr, batch=loaded.batch, seed=request.seed)
+        checkpoint = run.folder / ".rewritten.checkpoint.safetensors"
+        fit(new, data, recipe, original=model, checkpoint=checkpoint, talk=talk, what="training the rewritten net")
+        checkpoint.unlink(missing_ok=True)
+        words += f"; {quality(new)} after training"
+    talk.say(f"  {words}")
+    return new, words
 
 
 def _base_epochs(loaded: Loaded) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xedge.report import Choice, Latency, Layer, Report, Row
+    from xedge.report import Choice, Latency, Layer, Report, Row, Sized
 
 TIMES, MINUS, ARROW, DASH = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{RIGHTWARDS ARROW}", "\N{EN DASH}"
 NONE = "\N{EM DASH}"
@@ -150,9 +150,14 @@ def speed(latency: Latency | None) -> tuple[str, str, bool | None]:
     """
     if latency is None:
         return UNMEASURED, "", None
-    if latency.ratio is None:
+    return compared(latency.ratio)
+
+
+def compared(found: tuple[float, float, float] | None) -> tuple[str, str, bool | None]:
+    """`speed` of a ratio with its interval."""
+    if found is None:
         return "not compared", "", None
-    ratio, low, high = latency.ratio
+    ratio, low, high = found
     if high < 1:
         return f"{times(1 / ratio)} slower", interval(1 / high, 1 / low, 1 / ratio), False
     if low > 1:
@@ -422,6 +427,7 @@ def sections(report: Report) -> list[tuple[str, list[str]]]:
         ("Layers that could not be cut", frozen),
         ("Candidates", forms),
         ("Notes", notes),
+        ("Other sizes of pictures", [sized(found) for found in report.sizes]),
         ("Artefacts", files),
         ("Commands", commands),
     )
@@ -445,6 +451,20 @@ def choice_lines(choice: Choice) -> list[str]:
             for c in choice.candidates
         ),
     ]
+
+
+def sized(found: Sized) -> str:
+    """One line of what was timed at another size of pictures."""
+    verdict, between, _ = compared(found.ratio)
+    pixels = found.width * found.height / 1e6
+    ms = f"{significant(found.before_ms)} ms {ARROW} {significant(found.after_ms)} ms"
+    each = f"{significant(found.before_ms / pixels)} {ARROW} {significant(found.after_ms / pixels)} ms a megapixel"
+    macs = f"{count(found.macs_before)} {ARROW} {count(found.macs_after)} MACs"
+    where = "this host" if found.device == "local" else found.device
+    return (
+        f"{found.target} at {found.width}x{found.height}: {macs}; {ms}, {' '.join(filter(None, (verdict, between)))}; "
+        f"{each}; on {where}, {found.runtime}, {found.protocol} protocol"
+    )
 
 
 def flat(data: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from xedge.plan import Budget
 from xedge.quantize import Sensitivity
 from xedge.ranges import RangeRule
 from xedge.run import digest_file, digest_json
+from xedge.subpixel import find_subpixels, rewritten
 from xedge.target import Target
 from xedge.teacher import Teacher, choose_teacher
 
@@ -80,6 +81,7 @@ class Request:
     step: float | None = None
     smoothing: float = 0.0
     distill: float = 0.0
+    rewrite_subpixel: bool = False
 
     def budget(self, *, restores: bool = False) -> Budget:
         """The budget; without any, half the MACs for at most one point of accuracy, or 0.2 dB.
@@ -171,10 +173,13 @@ class Loaded:
     trained_here: bool
 
     def factory(self) -> nn.Module:
-        """The original's architecture anew."""
-        return load.load_model(
+        """The original's architecture anew, rewritten where that was asked."""
+        model = load.load_model(
             self.request.model, classes=self.data.classes, channels=self.data.shape[0], scale=self.data.scale
         )
+        if not self.request.rewrite_subpixel:
+            return model
+        return rewritten(model.eval(), find_subpixels(model.eval(), torch.zeros(1, *self.data.shape)))
 
     @property
     def lr(self) -> float:
@@ -276,6 +281,12 @@ def load_everything(request: Request) -> Loaded:
     if untrained and not judge.taught:
         raise UsageError(
             f"{request.model} has no weights and {data.name} has no labels to train it with", fix="give --weights FILE"
+        )
+    if request.rewrite_subpixel and not find_subpixels(model.eval(), torch.zeros(1, *data.shape)):
+        raise UsageError(
+            f"{request.model} has no convolution with a pixel shuffle behind it",
+            where="--rewrite-subpixel",
+            fix="leave it out; a shuffle that forward calls as a function is not found, make it a module",
         )
     teacher = choose_teacher(request.teacher, data, outputs)
     if request.criterion in ("fdr", "dfdr"):

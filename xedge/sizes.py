@@ -111,3 +111,15 @@ def compiled(proto: ModelProto, target: Target) -> Iterator[Path]:
         onnx.save(proto, Path(folder) / "source.onnx")
         (Path(folder) / "made").mkdir()
         yield target.compile(Path(folder) / "source.onnx", Path(folder) / "made", "model")
+
+
+@contextmanager
+def baseline_of(proto: ModelProto, target: Target) -> Iterator[Path]:
+    """The float original's graph in the target's format, while it lasts: what a speed-up is measured against."""
+    if target.suffix != ".onnx":
+        with compiled(proto, target) as model:
+            yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="xedge-") as folder:
+        onnx.save(proto, Path(folder) / "original.onnx")
+        yield Path(folder) / "original.onnx"

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xedge.errors import UsageError, nearest
+from xedge.judge import enlarged
 
 if TYPE_CHECKING:
     from xedge.data import Data
@@ -74,9 +75,7 @@ class Teacher:
         taught = (out if self.kind == "logits" else truth).detach()
         if self.pictures == "whole" or x.shape[1] != taught.shape[1]:
             return taught
-        # With antialias the kernel is Keys' with a = -1/2, the field's bicubic; enlarging has nothing to smooth.
-        plain = functional.interpolate(x, size=taught.shape[2:], mode="bicubic", antialias=True)
-        return taught - plain
+        return taught - enlarged(x, taught.shape[2:])
 
     def encode(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Y^T of a batch, [N, L]: the one-hot labels (not yet weighted), or the logits."""

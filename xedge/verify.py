@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xedge.data import at_once, batches, enough
 from xedge.errors import InternalError
-from xedge.judge import Judge
+from xedge.judge import Judge, enlarged
 from xedge.metrics import agreement, snr_db
 from xedge.simulate import Quantized
 from xedge.train import predict
@@ -86,6 +86,10 @@ def verify(
         "float": quality.row(floats, base, labels),
         "targets": {},
     }
+    if quality.restores and data.shape[0] == quality.shape[0]:
+        tiles = batches(data.val, size, limit=limit)
+        plain = torch.cat([enlarged(x, y.shape[2:]).flatten(1) for x, y in tiles])
+        out["plain"] = {"psnr": quality.quality(plain, labels, plain)}
     for target in loaded.targets:
         talk.say(f"  {target.name}: {limit} validation images through the artefact")
         form = shipped[target.name]
