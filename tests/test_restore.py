@@ -28,13 +28,16 @@ from xedge.metrics import macs
 from xedge.onnx_graph import Graph, export_float
 from xedge.pipeline import rebuild
 from xedge.progress import Talk
-from xedge.quantize import ScaleTable
+from xedge.quantize import ScaleTable, Sensitivity
 from xedge.ranges import calibrate, for_pictures, last_layers
 from xedge.report import read_json
 from xedge.report_words import sections
 from xedge.request import Request, load_everything
+from xedge.rounding import layers_of
 from xedge.run import Run
 from xedge.run import read_json as read
+from xedge.sensitivity import distortions, information
+from xedge.teacher import choose_teacher
 from xedge.train import Recipe, fit, predict
 
 if TYPE_CHECKING:
@@ -240,6 +243,24 @@ def test_a_run_protects_its_last_layer(restored: Path) -> None:
     floats = Graph(onnx.load(restored / "float.onnx"))
     assert table.activations[floats.outputs[0]] == (0.0, 1.0)
     np.testing.assert_allclose(table.activations[floats.inputs[0]], (0.0, 1.0))
+
+
+@pytest.mark.parametrize("how", ["output", "kfac", "di", "mse", "uniform"])
+def test_every_sensitivity_weighs_a_net_that_restores(picture_weights: Path, how: Sensitivity) -> None:
+    model, data = tiny_pictures.net().eval(), tiny_pictures.data()
+    model.load_state_dict(load_file(picture_weights))
+    proto = export_float(model, data.shape, 17)
+    samples = [(data.train[i][0].numpy()[None], data.train[i][1]) for i in range(12)]
+    calibration = calibrate(proto, lambda: (x for x, _ in samples))
+    tables = distortions(how, model, proto, calibration, lambda: samples, choose_teacher(None, data, 0))
+    for table in tables.values():
+        assert np.isfinite(table).all()
+        assert table[:, 2].sum() > table[:, 7].sum()
+    if how == "di":  # the scatter of single patches, not of their means
+        layers = layers_of(proto, calibration.patches)
+        cost, scatter = information(proto, layers, samples, choose_teacher(None, data, 0))["third.weight"]
+        assert (cost > 0).all()
+        np.testing.assert_allclose(scatter, layers["third.weight"].gram, rtol=1e-4, atol=1e-8)
 
 
 def test_it_was_cut_as_asked(restored: Path) -> None:

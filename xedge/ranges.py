@@ -76,9 +76,7 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
         image = F.pad(torch.from_numpy(x), (left, r, t, b))
         height = (image.shape[2] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
         width = (image.shape[3] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-        side = int(POSITIONS**0.5)
-        ys = np.unique(np.linspace(0, height - 1, min(height, side)).round().astype(int)) * stride[0]
-        xs = np.unique(np.linspace(0, width - 1, min(width, side)).round().astype(int)) * stride[1]
+        ys, xs = (at * s for at, s in zip(positions(height, width), stride, strict=True))
         rows = torch.from_numpy(ys[:, None] + np.arange(kernel[0])[None] * dilation[0])
         cols = torch.from_numpy(xs[:, None] + np.arange(kernel[1])[None] * dilation[1])
         # [N, C, oy, ky, ox, kx] -> [G, N*oy*ox, C/G*ky*kx]
@@ -92,6 +90,13 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
         return np.ascontiguousarray(pixels[::step].transpose(1, 0, 2))
     flat = x.reshape(-1, x.shape[-1])
     return np.ascontiguousarray(flat[:: max(1, len(flat) // POSITIONS)][None])
+
+
+def positions(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and columns of a convolution's output map whose patches are looked at, all of each with all of the other."""
+    side = int(POSITIONS**0.5)
+    ys, xs = (np.unique(np.linspace(0, n - 1, min(n, side)).round().astype(np.int64)) for n in (height, width))
+    return ys, xs
 
 
 def _ints(value: object) -> list[int]:

@@ -30,10 +30,10 @@ from xedge.judge import Judge
 from xedge.moments import Moments
 from xedge.onnx_graph import Graph, exposing, session
 from xedge.quantize import LEVELS, Sensitivity, dequantised, error_tables, noise_tables, round_layers
-from xedge.ranges import Calibration, patches
+from xedge.ranges import Calibration, patches, positions
 from xedge.rounding import Array, Layer, layers_of
 from xedge.simulate import align, torch_graph
-from xedge.teacher import Teacher
+from xedge.teacher import Teacher, windows
 
 Sample = tuple[NDArray[np.float32], int | Tensor]
 """One image [1, C, H, W], and its label or true picture [C', H, W]."""
@@ -185,26 +185,41 @@ def information(
     """(|G_o|^2 N, C) of each layer: what a unit of noise on a pooled output costs in DI, and the scatter of the pooled
     patches over N, in the form of the layer's Gram matrix.
 
-    G = P X Y^T with X the layer's outputs, averaged over the positions: `di` wants noise and X in the same form.
+    G = P X Y^T with X the layer's outputs, averaged over the positions: `di` wants noise and X in the same form. Where
+    the teacher is a picture both are of single positions.
+
+    Raises:
+        UnsupportedGraph: the teacher is a picture and a layer has no positions.
     """
     graph = Graph(proto)
     inner = list(dict.fromkeys(la.node.input[0] for la in layers.values()))
     run = session(exposing(proto, [n for n in inner if n not in graph.inputs]))
     names = [*graph.outputs, *(n for n in inner if n not in graph.inputs)]
     pooled: dict[str, list[Array]] = {n: [] for n in layers}
+    taught: dict[str, list[Tensor]] = {n: [] for n in layers}
     answers, labels = [], list[Tensor]()
     for x, label in samples:
         values = dict(zip(names, run.run(names, {graph.inputs[0]: x}), strict=True))
         values[graph.inputs[0]] = x
         for name, la in layers.items():
             shape = tuple(graph.initializers[name].dims)
-            pooled[name].append(patches(la.node, values[la.node.input[0]], shape, la.groups).mean(1, dtype=np.float64))
+            found = patches(la.node, values[la.node.input[0]], shape, la.groups).astype(np.float64)
+            if teacher.pictures:
+                size = graph.shapes[la.node.output[0]][2:]
+                if la.node.op_type != "Conv" or len(size) != 2:
+                    raise UnsupportedGraph("has no pixels to teach", where=la.name, fix="--sensitivity output")
+                ys, xs = map(torch.from_numpy, np.meshgrid(*positions(*size), indexing="ij"))
+                answer = torch.from_numpy(values[graph.outputs[0]])
+                picture = teacher.picture(torch.from_numpy(x), torch.as_tensor(label)[None], answer)
+                taught[name].append(windows(picture, (size[0], size[1]), ys.flatten(), xs.flatten())[0])
+            pooled[name].append(found.transpose(1, 0, 2) if teacher.pictures else found.mean(1)[None])
         answers.append(torch.from_numpy(values[graph.outputs[0]]).flatten(1))
         labels.append(torch.as_tensor(label))
-    y = teacher.encode(torch.stack(labels), torch.cat(answers)).double()
+    whole = None if teacher.pictures else teacher.encode(torch.stack(labels), torch.cat(answers)).double()
     out = {}
     for name, la in layers.items():
-        p = np.stack(pooled[name])  # [N, G, K]
+        y = torch.cat(taught[name]).double() if whole is None else whole
+        p = np.concatenate(pooled[name])  # [N, G, K]
         p -= p.mean(0)
         rows = la.rows.sum(1).reshape(la.groups, -1, p.shape[2])
         u = np.einsum("ngk,gok->ngo", p, rows).reshape(len(p), -1)
