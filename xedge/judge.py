@@ -26,7 +26,7 @@ Drop = float | str
 MOST_DB = 100.0
 """What equal pictures count as."""
 Z = 2.326
-MOST_BYTES = 256 << 20
+MOST_BYTES = 128 << 20
 """Of answers that are held at once."""
 
 
