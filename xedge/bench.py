@@ -74,11 +74,11 @@ def bench_at(
     from xedge.onnx_graph import Graph
     from xedge.sizes import baseline_of, compiled, resized, scale_of, source
 
-    chosen, report = preset(protocol), _report(path)
+    chosen, report = preset(protocol), report_of(path)
     if threads < 1:
         raise UsageError(f"--threads {threads} is below 1", fix="give 1 or more")
     with open_device(address, say=talk.say) as device:
-        for artifact in _runs_there(report.artifacts, device, path):
+        for artifact in runs_there(report.artifacts, device, path):
             target = load_target(artifact.target)
             small, large = source(path, target), source(path, None)
             scale, graph = scale_of(small), Graph(small)
