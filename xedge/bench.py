@@ -72,7 +72,7 @@ def bench_at(
         DeviceError: the device is absent or was lost.
     """
     from xedge.onnx_graph import Graph
-    from xedge.sizes import baseline_of, compiled, resized, scale_of, source
+    from xedge.sizes import baseline_of, compiled, resized, scale_of, shipped, source
 
     chosen, report = preset(protocol), report_of(path)
     if threads < 1:
@@ -80,7 +80,8 @@ def bench_at(
     with open_device(address, say=talk.say) as device:
         for artifact in runs_there(report.artifacts, device, path):
             target = load_target(artifact.target)
-            small, large = source(path, target), source(path, None)
+            form = shipped(report, artifact.target)
+            small, large = source(path, target, form), source(path, None)
             scale, graph = scale_of(small), Graph(small)
             own = graph.shapes[graph.inputs[0]]
             if size[0] % scale or size[1] % scale:
@@ -88,8 +89,10 @@ def bench_at(
             height, width = size[1] // scale, size[0] // scale
             rows = [report.row(name, artifact.target) for name in ("original", "compressed")]
             before, after = (round(r.macs * height * width / (own[2] * own[3])) if r else 0 for r in rows)
-            models = compiled(resized(small, height, width), target), baseline_of(resized(large, height, width), target)
-            with models[0] as model, models[1] as other:
+            with (
+                compiled(resized(small, height, width), target, form) as model,
+                baseline_of(resized(large, height, width), target) as other,
+            ):
                 record = _timed(device, model, other, chosen, threads, talk)
             assert isinstance(record, Comparison)
             append_measurement(path / BENCH, record)

@@ -30,15 +30,15 @@ MOST = 3
 Bytes = NDArray[np.uint8]
 
 
-def crops(run: Path, target: Target, pictures: Sequence[Picture], folder: Path) -> None:
+def crops(run: Path, target: Target, form: str, pictures: Sequence[Picture], folder: Path) -> None:
     """Cut the busiest part out of some pictures and write it as each model restores it, and `crops.json`.
 
     Args:
-        run: with the graphs of the original and of `target`'s artefact.
+        run: with the graphs of the original and of `target`'s artefact. form: the artefact's.
         folder: to write into; it is made.
     """
     folder.mkdir()
-    original, compressed = (Engine.of(run, target, original=one) for one in (True, False))
+    original, compressed = (Engine.of(run, target, form, original=one) for one in (True, False))
     reached = [e.reach.radius for e in (original, compressed) if e.reach is not None]
     rows: list[dict[str, Any]] = []
     for at in spread(len(pictures), min(MOST, len(pictures))).tolist():

@@ -47,6 +47,7 @@ from xedge.quantize import ScaleTable
 from xedge.report import Crop
 from xedge.request import Loaded, Request, default_folder, load_everything
 from xedge.run import Run, read_json
+from xedge.sizes import shipped
 from xedge.subpixel import rewrite_subpixels
 from xedge.target import Target
 from xedge.train import Recipe, fit, predict
@@ -173,7 +174,9 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
             note = (opened.metadata() or {}).get("note")
         report = replace(report, notes=(*report.notes, *([note] if note else [])))
         if data.pictures:
-            report = replace(report, crops=_crops(run, loaded, models, plain, talk))
+            report = replace(
+                report, crops=_crops(run, loaded, shipped(report, loaded.targets[0].name), models, plain, talk)
+            )
         write_report(report, run.folder / "report.json")
         write_html(report, run.folder / "report.html")
         return run
@@ -351,7 +354,7 @@ def _baseline(run: Run, target: Target, plain: Path) -> Path:
     return run.step(f"original{target.suffix}", {"onnx": plain, "target": target.name}, make)
 
 
-def _crops(run: Run, loaded: Loaded, models: dict[str, Path], plain: Path, talk: Talk) -> tuple[Crop, ...]:
+def _crops(run: Run, loaded: Loaded, form: str, models: dict[str, Path], plain: Path, talk: Talk) -> tuple[Crop, ...]:
     """Parts of held-out pictures; none where the net takes pictures of one size only."""
     from xedge.crops import FOLDER, crops, read
 
@@ -359,7 +362,7 @@ def _crops(run: Run, loaded: Loaded, models: dict[str, Path], plain: Path, talk:
     talk.say(f"  {target.name}: crops of held-out pictures")
     inputs = {"original": plain, "compressed": models[target.name], "target": target.name, "data": loaded.data.name}
     try:
-        return read(run.step(FOLDER, inputs, lambda p: crops(run.folder, target, loaded.data.pictures, p)))
+        return read(run.step(FOLDER, inputs, lambda p: crops(run.folder, target, form, loaded.data.pictures, p)))
     except UnsupportedGraph as e:
         talk.say(f"  no crops: {e}")
         return ()

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -19,6 +20,9 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from xedge.errors import UnsupportedGraph, UsageError
 from xedge.onnx_graph import Graph
 from xedge.target import Target
+
+if TYPE_CHECKING:
+    from xedge.report import Report
 
 
 def resized(proto: ModelProto, height: int, width: int) -> ModelProto:
@@ -92,25 +96,35 @@ def scale_of(proto: ModelProto) -> int:
     return y[2] // x[2]
 
 
-def source(run: Path, target: Target | None) -> ModelProto:
+def shipped(report: Report, target: str) -> str:
+    """The form in which a run ships a target's artefact (`xedge.candidates`)."""
+    return next((choice.form for choice in report.choices if choice.target == target), "int8")
+
+
+def source(run: Path, target: Target | None, form: str = "int8") -> ModelProto:
     """The graph that a run's artefact for a target was compiled from; without one, the float original.
 
     Raises:
         UsageError: it is not there.
     """
-    path = run / ("original.onnx" if target is None else f"model.{target.flavour}.onnx")
+    path = run / "original.onnx"
+    if target is not None:
+        forms = {"float16": "float.onnx", "float32": "float.onnx"}
+        forms["int8 with exceptions"] = f"candidates/{target.name}-exceptions.onnx"
+        path = run / forms.get(form, f"model.{target.flavour}.onnx")
     if not path.is_file():
         raise UsageError("there is no such file", where=str(path), fix="give a finished run's folder")
     return onnx.load(path)
 
 
 @contextmanager
-def compiled(proto: ModelProto, target: Target) -> Iterator[Path]:
+def compiled(proto: ModelProto, target: Target, form: str = "int8") -> Iterator[Path]:
     """The target's model file for a graph, while it lasts."""
+    compile_ = target.half if form == "float16" and target.half is not None else target.compile
     with tempfile.TemporaryDirectory(prefix="xedge-") as folder:
         onnx.save(proto, Path(folder) / "source.onnx")
         (Path(folder) / "made").mkdir()
-        yield target.compile(Path(folder) / "source.onnx", Path(folder) / "made", "model")
+        yield compile_(Path(folder) / "source.onnx", Path(folder) / "made", "model")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from xedge.onnx_graph import Graph
 from xedge.report import read_json as read_report
 from xedge.resample import to_bytes
 from xedge.run import write_atomically
-from xedge.sizes import compiled, resized, scale_of, source
+from xedge.sizes import compiled, resized, scale_of, shipped, source
 from xedge.target import Target
 from xedge.tiles import Reach, cut, least_tile, reach, stitch
 
@@ -81,7 +81,7 @@ def upscale(
         raise UsageError(f"the run has no target {target}", fix=f"choose one of {', '.join(report.targets)}")
     if output.suffix.lower() not in FORMATS:
         raise UsageError("is no format for pictures", where=str(output), fix="write -o NAME.png")
-    engine = Engine.of(run, chosen[0], original=original)
+    engine = Engine.of(run, chosen[0], shipped(report, chosen[0].name), original=original)
     pixels = read(picture, engine.channels)
     started = time.monotonic()
     got, shape, reached = engine(pixels, tile)
@@ -99,7 +99,7 @@ class Engine:
     """A run's graph for a target, compiled at the size that a picture asks for.
 
     Attributes:
-        graph: what is compiled. target: what compiles it.
+        graph: what is compiled. target, form: what compiles it, and into what.
         own: the graph's own input, (height, width).
         channels, out_channels: of input and output.
         scale: output over input.
@@ -108,6 +108,7 @@ class Engine:
 
     graph: Any
     target: Target
+    form: str
     own: tuple[int, int]
     channels: int
     out_channels: int
@@ -115,12 +116,13 @@ class Engine:
     reach: Reach | None
 
     @classmethod
-    def of(cls, run: Path, target: Target, *, original: bool = False) -> Engine:
+    def of(cls, run: Path, target: Target, form: str, *, original: bool = False) -> Engine:
         """A run's engine for one of its targets, or its float original in that target's runtime."""
-        proto = source(run, None if original else target)
+        form = "float32" if original else form
+        proto = source(run, None if original else target, form)
         graph = Graph(proto)
         x, y = graph.shapes[graph.inputs[0]], graph.shapes[graph.outputs[0]]
-        return cls(proto, target, (x[2], x[3]), x[1], y[1], scale_of(proto), reach(proto))
+        return cls(proto, target, form, (x[2], x[3]), x[1], y[1], scale_of(proto), reach(proto))
 
     def tile(self, size: tuple[int, int], asked: tuple[int, int] | None) -> tuple[int, int]:
         """The tile, (height, width), for a picture of `size`."""
@@ -149,7 +151,7 @@ class Engine:
         reached = self.reach or Reach(0, 1)
         planes = np.ascontiguousarray(pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255))
         proto = self.graph if shape == self.own else resized(self.graph, *shape)
-        with compiled(proto, self.target) as model:
+        with compiled(proto, self.target, self.form) as model:
             runner = self.target.load(model, torch.get_num_threads())
             got = stitch(runner, planes, shape, reached, self.scale)
         return to_bytes(255 * got.transpose(1, 2, 0).astype(np.float64)), shape, reached
