@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from xedge import load
 from xedge.benchmarks.results import PHOTOGRAPHS
 from xedge.benchmarks.zoo import efficientnet_lite0
-from xedge.budget import CALIBRATED
+from xedge.budget import CALIBRATED, HELD
 from xedge.codebook import quantize_by_codebook
 from xedge.data import Data, batches
 from xedge.equalize import equalize
@@ -36,7 +36,8 @@ from xedge.export import write_flavour
 from xedge.metrics import agreement, kl, topk
 from xedge.onnx_graph import Graph, export_float, session
 from xedge.quantize import Sensitivity, dequantised, quantize
-from xedge.ranges import Calibration, RangeRule, calibrate
+from xedge.ranges import Calibration, RangeRule, calibrate, patch_moments
+from xedge.rounding import choose_ridges
 from xedge.sensitivity import Sample, distortions
 from xedge.teacher import Teacher
 
@@ -65,8 +66,6 @@ class Bench:
         self.teacher = Teacher("labels", data.classes) if data.classes else Teacher("logits", 1000)
         limit = min(len(data.val), JUDGED)
         pairs = list(batches(data.val, 1, limit=limit))
-        if data.classes is None:  # few pictures: nothing was chosen on these either
-            pairs += list(batches(data.select, 1))
         self.images, self.labels = [x for x, _ in pairs], torch.cat([y for _, y in pairs])
         self.plain = self.subject(model)
         self.base = self.run(self.plain.proto)
@@ -76,13 +75,18 @@ class Bench:
         for x, y in batches(self.data.train, 1, shuffle_seed=self.seed, limit=CALIBRATED):
             yield x.numpy(), int(y[0])
 
+    def held(self) -> Iterator[Sample]:
+        """What bits are chosen on."""
+        for x, y in batches(self.data.select, 1, shuffle_seed=self.seed, limit=HELD):
+            yield x.numpy(), int(y[0])
+
     def subject(self, model: nn.Module) -> Subject:
         """Export and calibrate."""
         started = time.monotonic()
         proto = export_float(model, self.data.shape, 17)
-        return Subject(
-            model, proto, calibrate(proto, lambda: (x for x, _ in self.samples())), time.monotonic() - started
-        )
+        seen = calibrate(proto, lambda: (x for x, _ in self.samples()))
+        seen = choose_ridges(proto, seen, patch_moments(proto, (x for x, _ in self.held())))
+        return Subject(model, proto, seen, time.monotonic() - started)
 
     def equalised(self) -> Subject:
         """The same model with equalised channels."""
@@ -105,7 +109,14 @@ class Bench:
     def tables(self, subject: Subject, how: Sensitivity, *, feedback: bool = True) -> dict[str, Any]:
         """Distortions."""
         return distortions(
-            how, subject.model, subject.proto, subject.calibration, self.samples, self.teacher, feedback=feedback
+            how,
+            subject.model,
+            subject.proto,
+            subject.calibration,
+            self.samples,
+            self.teacher,
+            held=self.held,
+            feedback=feedback,
         )
 
     def table(self, bits: float) -> None:
@@ -166,7 +177,9 @@ def main() -> None:
                 f"quantization_steps: {name} needs {'--photographs DIR' if name == 'efficientnet' else '--runs OUT'}"
             )
         if name == "efficientnet":
-            data = load.load_data(f"folder:{needed}?{PHOTOGRAPHS}", root=None, seed=arguments.seed)
+            data = load.load_data(
+                f"folder:{needed}?{PHOTOGRAPHS.replace('crops=10', 'crops=40')}", root=None, seed=arguments.seed
+            )
             model = efficientnet_lite0()
         else:
             data = load.load_data("fashion-mnist", root=None, seed=arguments.seed)

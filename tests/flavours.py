@@ -129,3 +129,14 @@ def edited(
     before = numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array(np.asarray(change(before)).astype(before.dtype), name))
     return copy
+
+
+def fits(values: np.ndarray, bits: np.ndarray, axis: int) -> bool:
+    """Whether each channel's integers are among 2^b: from -2^(b-1) on, or odd ones."""
+    for q, b in zip(np.moveaxis(values.astype(int), axis, 0), bits.astype(int), strict=True):
+        half = 2**b // 2
+        plain = q.min() >= -half and q.max() < max(half, 1)
+        odd = b not in (0, 4, 8) and bool((q % 2 == 1).all()) and abs(q).max() < 2**b
+        if not (plain or odd) or abs(q).max() > 127:
+            return False
+    return True

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from flavours import FLAVOURS, SHAPE, constants, images, quantised, run
+from flavours import FLAVOURS, SHAPE, constants, fits, images, quantised, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -19,6 +20,7 @@ from xedge.onnx_graph import Graph, export_float
 from xedge.quantize import ScaleTable, asymmetric, quantize, symmetric
 from xedge.ranges import Patches, calibrate
 from xedge.rounding import (
+    Grid,
     Layer,
     channel_axis,
     from_rows,
@@ -32,12 +34,6 @@ from xedge.rounding import (
 def table_of(net: nn.Module, shape: tuple[int, ...], bits: float, *, feedback: bool = True, n: int = 6) -> ScaleTable:
     proto = export_float(net.eval(), shape, 17)
     return quantize(proto, calibrate(proto, lambda: images(n, 0, shape)[:, None]), mean_bits=bits, feedback=feedback)
-
-
-def largest(bits: np.ndarray) -> np.ndarray:
-    """The largest integer of a width: 0, 1, 1, 3, 7, ..."""
-    b = bits.astype(int)
-    return np.where(b > 1, 2 ** np.maximum(b - 1, 0) - 1, b)
 
 
 def layer(gram: np.ndarray, rows: np.ndarray) -> Layer:
@@ -117,8 +113,7 @@ def test_integers_keep_to_their_bits_and_bits_to_the_budget_in_every_file(bits: 
             values = stored[f"{name}_q"]
             assert values.dtype == np.int8
             assert np.array_equal(values, w.values)
-            top = np.abs(np.moveaxis(values, w.axis, 0).reshape(len(w.bits), -1).astype(int)).max(1)
-            assert (top <= largest(w.bits)).all()
+            assert fits(values, w.bits, w.axis)
             assert np.array_equal(stored[f"{name}_scale"], w.scale)
 
 
@@ -142,8 +137,7 @@ def test_the_planned_bits_are_those_of_the_integers_in_the_tflite_file(tmp_path:
     for name, w in q.table.weights.items():
         match = [v for s, v in found if len(s) == len(w.scale) and np.allclose(s, w.scale, rtol=1e-6)]
         assert len(match) == 1, name
-        top = np.abs(match[0].reshape(len(w.bits), -1)).max(1)
-        assert (top <= largest(w.bits)).all()
+        assert fits(match[0], w.bits, 0)
         assert np.array_equal(np.sort(match[0].ravel()), np.sort(w.values.ravel().astype(int)))
 
 
@@ -168,9 +162,9 @@ def test_feedback_lowers_the_weighted_error_on_average() -> None:
             mix = draw.standard_normal((24, 24)) * draw.uniform(0.1, 2, 24)
             one = layer(mix @ mix.T / 24, draw.standard_normal((6, 24)))
             wide = np.full(6, bits)
-            scale = one.step(bits)
+            grid = one.grid(wide)
             near, fed = (
-                one.distortion(one.rows - f(one, scale, wide) * scale[:, None, None]).sum()
+                one.distortion(one.rows - f(one, grid) * grid.scale[:, None, None]).sum()
                 for f in (round_nearest, round_with_feedback)
             )
             gains.append(near / fed)
@@ -182,11 +176,10 @@ def test_feedback_lowers_the_weighted_error_on_average() -> None:
 @settings(max_examples=40)
 def test_one_weight_or_independent_weights_are_rounded_to_nearest(w: list[float], power: float, bits: int) -> None:
     one = layer(np.array([[power]]), np.array(w)[:, None])
-    scale, wide = one.step(bits), np.full(len(w), bits)
-    assert np.array_equal(round_with_feedback(one, scale, wide), round_nearest(one, scale, wide))
     many = layer(np.diag(np.linspace(0.5, 2, len(w))), np.array([w]))
-    scale, wide = many.step(bits), np.full(1, bits)
-    assert np.array_equal(round_with_feedback(many, scale, wide), round_nearest(many, scale, wide))
+    for each in (one, many):
+        grid = each.grid(np.full(len(each.rows), bits))
+        assert np.array_equal(round_with_feedback(each, grid), round_nearest(each, grid))
 
 
 @given(st.integers(1, 70), st.integers(0, 99))
@@ -195,9 +188,31 @@ def test_blocks_of_columns_change_nothing(block: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     mix = draw.standard_normal((20, 20))
     one = layer(mix @ mix.T, draw.standard_normal((4, 20)))
-    scale, wide = one.step(4), np.full(4, 4)
-    a, b = round_with_feedback(one, scale, wide, block), round_with_feedback(one, scale, wide, 1)
+    grid = one.grid(np.full(4, 4))
+    a, b = round_with_feedback(one, grid, block), round_with_feedback(one, grid, 1)
     assert (a != b).mean() <= 0.03, "ties in another order of sums"
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_width_of_b_bits_has_two_to_the_b_integers(odd: bool) -> None:
+    for b in range(9):
+        if odd and b in (0, 4, 8):
+            continue
+        one = Grid.of(np.array([b]), np.ones(1), np.array([odd]))
+        found = one.nearest(torch.linspace(-300, 300, 4801, dtype=torch.float64)[None], np.zeros((1, 1), np.intp))
+        assert len(found.unique()) == (255 if b == 8 else 2 if odd and b == 1 else 2**b), b
+        assert float(found.abs().max()) <= (128 if b == 8 else 2**b)
+        assert fits(found.numpy(), np.array([b]), 0)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(1, 0.3634), (2, 0.1188), (3, 0.03744), (5, 0.003495)])
+def test_gaussian_weights_are_rounded_as_well_as_uniform_steps_can(bits: int, error: float) -> None:
+    """J. Max, Quantizing for minimum distortion, IRE Trans. Information Theory, 1960, table II."""
+    rows = np.random.default_rng(0).standard_normal((1, 500, 40))
+    one = replace(layer(np.eye(40), np.zeros((1, 40))), rows=rows)
+    grid = one.grid(np.array([bits]))
+    left = np.mean((one.rows - round_nearest(one, grid) * grid.scale) ** 2)
+    assert left == pytest.approx(error, rel=0.04)
 
 
 def test_distortion_is_the_noise_at_the_output() -> None:
@@ -214,9 +229,9 @@ def test_channels_that_never_vary_can_be_rounded() -> None:
     gram = np.zeros((4, 4))
     gram[0, 0], gram[1, 1] = 1.0, -1e-13
     one = layer(gram, np.random.default_rng(0).standard_normal((3, 4)))
-    q = round_with_feedback(one, one.step(4), np.full(3, 4))
+    q = round_with_feedback(one, one.grid(np.full(3, 4)))
     assert np.isfinite(q).all()
-    assert np.abs(q).max() <= 7
+    assert fits(q, np.full(3, 4), 0)
     dead = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     with torch.no_grad():
         dead[0].bias[:2] = -1000

@@ -293,6 +293,17 @@ def test_the_five_answers() -> None:
     assert "features.block4" in said["to blame"]  # the lowest DI kept of all layers
 
 
+def test_the_cascade_says_each_factor_and_their_product() -> None:
+    made = report(targets=("jetson",))
+    before, after = made.row("original", "jetson"), made.row("compressed", "jetson")
+    assert before is not None
+    assert after is not None
+    (line,) = [x for x in words.glances(made)[0].lines if x.metric == "  parameters"]
+    pruned, bits = before.parameters / after.parameters, 32 / 4.5
+    said = [float(v) for v in re.findall(rf"([0-9.]+){words.TIMES}", line.change)]
+    assert said == pytest.approx([pruned, bits, pruned * bits], rel=0.005)
+
+
 @pytest.mark.parametrize("kind", ["emulated", "fake", "browser"])
 def test_an_unreal_device_says_so(kind: str) -> None:
     slow = dataclasses.replace(report().rows[1], latency=latency(1.0, (1.2, 1.1, 1.3), device_kind=kind))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from flavours import plain, randomised
-from onnx import ModelProto
+from onnx import ModelProto, helper
 from torch import Tensor, nn
 
 from xedge.metrics import kl
 from xedge.onnx_graph import Graph, export_float, session
 from xedge.quantize import LEVELS, Sensitivity, dequantised, error_tables, noise_tables, quantize, round_layers
-from xedge.ranges import Calibration, calibrate
-from xedge.rounding import layers_of
+from xedge.ranges import Calibration, calibrate, patch_moments
+from xedge.rounding import RIDGED, RIDGES, Layer, choose_ridges, layers_of, rounded
 from xedge.sensitivity import PROBE_BITS, Sample, distortions, fisher, information, layer_weights
 from xedge.teacher import Teacher
 
@@ -102,6 +103,59 @@ def test_a_layers_weight_makes_its_table_predict_the_divergence() -> None:
             lost.append(kl(base, outputs(dequantised(proto, {name: one}))))
         assert alpha[name] * noise[name][:, PROBE_BITS].sum() == pytest.approx(lost[1], rel=0.2, abs=1e-4)
         assert alpha[name] * noise[name][:, 3].sum() == pytest.approx(lost[0], rel=0.9, abs=2e-4), "the same unit"
+
+
+def test_few_images_flatter_their_own_errors_and_others_do_not() -> None:
+    """A layer of 60 inputs that calibration saw 30 times: feedback hides errors where those 30 do not vary."""
+    draw = np.random.default_rng(0)
+    mix = draw.standard_normal((60, 60)) * np.geomspace(1, 0.05, 60)
+    weight = draw.standard_normal((8, 60))
+
+    def seen(count: int) -> dict[str, Layer]:
+        x = draw.standard_normal((count, 60)) @ mix
+        x -= x.mean(0)
+        node = helper.make_node("Conv", ["x", "w"], ["y"])
+        return {"w": Layer(node, "w", weight[:, None], (x.T @ x / count)[None], np.zeros((1, 60)), 1, False)}
+
+    own, others, true = seen(30), seen(200), seen(20_000)
+    want = noise_tables(own, true, feedback=True)["w"][:, 4].sum()
+    assert noise_tables(own, feedback=True)["w"][:, 4].sum() < 0.7 * want
+    assert noise_tables(own, others, feedback=True)["w"][:, 4].sum() == pytest.approx(want, rel=0.2)
+
+
+def test_bits_and_ridges_are_chosen_on_images_held_back() -> None:
+    model, proto, calibration = prepared()
+    held = patch_moments(proto, (x + 0.5 for x, _ in samples(12)))
+    chosen = choose_ridges(proto, calibration, held)
+    assert chosen.held is held
+    judges, layers = layers_of(proto, held), layers_of(proto, chosen.patches)
+    for name, layer in layers.items():
+        noise = []
+        for ridge in RIDGES:
+            q, scale = rounded(replace(layer, ridge=ridge), np.full(len(layer.rows), RIDGED), feedback=True)
+            noise.append(judges[name].distortion(layer.rows - q * scale[:, None, None]).sum())
+        assert layer.ridge == RIDGES[int(np.argmin(noise))]
+    for how in ("output", "kfac"):
+        found = distortions(how, model, proto, chosen, samples, LABELS)
+        assert any(not np.allclose(found[n], t) for n, t in tables(how).items())
+
+
+def test_with_plenty_of_images_the_ridge_is_small_and_with_few_it_is_large() -> None:
+    draw = np.random.default_rng(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 64)).eval()
+    proto = export_float(model, (3, 4, 4), 17)
+    mix = draw.standard_normal((48, 48))
+
+    def seen(count: int) -> list[np.ndarray]:
+        return [(draw.standard_normal(48) @ mix).reshape(1, 3, 4, 4).astype(np.float32) for _ in range(count)]
+
+    held = patch_moments(proto, seen(500))
+    ridges = []
+    for count in (24, 2000):
+        images = seen(count)
+        chosen = choose_ridges(proto, calibrate(proto, functools.partial(iter, images)), held)
+        ridges.append(next(iter(chosen.patches.values())).ridge)
+    assert ridges[0] == RIDGES[-1] > ridges[1]
 
 
 class Wide(nn.Module):

@@ -25,8 +25,8 @@ from xedge.export import write_flavour
 from xedge.judge import Judge
 from xedge.pack import pack
 from xedge.quantize import ScaleTable, quantize
-from xedge.ranges import calibrate, for_pictures, last_layers
-from xedge.rounding import layers_of
+from xedge.ranges import calibrate, for_pictures, last_layers, patch_moments
+from xedge.rounding import choose_ridges, layers_of
 from xedge.sensitivity import Sample, distortions
 from xedge.train import predict
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 CALIBRATED = 256
 """Training images that set the ranges, the patch moments and the sensitivities."""
+HELD = 128
+"""Images held back for choosing, on which rounding is judged."""
 LEAST = 2.0
 STEP = 0.125
 """Mean bits between two neighbouring trials of a bisection."""
@@ -58,12 +60,14 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
     calibration = calibrate(proto, lambda: (x for x, _ in samples(loaded)))
     if loaded.data.restores:
         calibration = for_pictures(proto, calibration)
+    if request.feedback:
+        calibration = choose_ridges(proto, calibration, patch_moments(proto, (x for x, _ in held(loaded))))
     tables = None
     if request.bits < 8 or request.codebook or request.bytes is not None or request.bits_drop is not None:
         talk.say(f"  sensitivity: {request.sensitivity}")
         tables = distortions(
             request.sensitivity, model, proto, calibration, lambda: samples(loaded), loaded.teacher,
-            feedback=request.feedback, seed=request.seed,
+            held=lambda: held(loaded), feedback=request.feedback, seed=request.seed,
         )  # fmt: skip
 
     counts = {la.name: la.rows.size for la in layers_of(proto, calibration.patches).values()}
@@ -146,9 +150,16 @@ def _last(
 
 
 def samples(loaded: Loaded) -> Iterator[Sample]:
-    """Training images one by one, [1, C, H, W], with their labels: all that calibration ever sees."""
+    """Training images one by one, [1, C, H, W], with their labels: all that rounding ever sees."""
     data = loaded.data
     for x, y in batches(data.train, 1, shuffle_seed=loaded.request.seed, limit=enough(data.train, CALIBRATED)):
+        yield x.numpy(), y[0] if data.restores else int(y[0])
+
+
+def held(loaded: Loaded) -> Iterator[Sample]:
+    """Images held back for choosing, one by one: what ridges and bits are chosen on."""
+    data = loaded.data
+    for x, y in batches(data.select, 1, shuffle_seed=loaded.request.seed, limit=enough(data.select, HELD)):
         yield x.numpy(), y[0] if data.restores else int(y[0])
 
 

@@ -27,7 +27,7 @@ from xedge.bits import allocate
 from xedge.onnx_graph import Graph
 from xedge.quantize import ScaleTable, error_tables, float_ranges, least_scale, noise_tables, weight_scale
 from xedge.ranges import Calibration, RangeRule
-from xedge.rounding import Array, Layer, layers_of, round_nearest, round_with_feedback
+from xedge.rounding import Array, Grid, Layer, layers_of, round_nearest, round_with_feedback
 
 LEVELS = np.arange(1, 8)
 """Bits an index may have; 2^7 values are more than half of int8's."""
@@ -142,11 +142,11 @@ def k_means(points: Array, worth: Array, size: int) -> NDArray[np.int64]:
 
 
 def _indices(layer: Layer, values: NDArray[np.int64], scale: Array, felt: Array, *, feedback: bool) -> Booked:
-    wide = np.full(len(scale), 8)
-    q = round_nearest(layer, scale, wide, values)
+    grid = Grid.of_values(values, scale)
+    q = round_nearest(layer, grid)
     loss = layer.distortion(layer.rows - q * scale[:, None, None])
     if feedback:
-        fed = round_with_feedback(layer, scale, wide, values=values)
+        fed = round_with_feedback(layer, grid)
         other = layer.distortion(layer.rows - fed * scale[:, None, None])
         q, loss = np.where((other < loss)[:, None, None], fed, q), np.minimum(other, loss)
     return Booked(values, q, scale, float(felt @ loss))

@@ -9,6 +9,7 @@ Bits and ranges of activations stay as they were chosen, batch norms stay folded
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from xedge.errors import UsageError
 from xedge.quantize import ScaleTable, WeightScale
+from xedge.rounding import Grid
 from xedge.simulate import Quantized, straight_through
 from xedge.train import Recipe, fit
 
@@ -47,26 +49,26 @@ class Tuned(nn.Module):
         self.names = list(table.weights)
         self.weights, self.biases, self.growths = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         self.steps: list[Tensor] = []
-        self.tops: list[Tensor] = []
-        self.binary: list[Tensor] = []
+        self.grids: list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = []
         for w in table.weights.values():
             shape = [-1 if i == w.axis else 1 for i in range(w.values.ndim)]
             step = torch.from_numpy(w.scale.copy()).view(shape)
-            bits = torch.from_numpy(w.bits.astype(np.float32)).view(shape)
             self.steps.append(step)
-            self.tops.append(torch.where(bits >= 2, 2 ** (bits - 1) - 1, (bits == 1).float()))
-            self.binary.append(bits == 1)
+            rest = tuple(i for i in range(w.values.ndim) if i != w.axis)
+            odd = (w.bits > 0) & (w.values % 2 != 0).all(rest)
+            grid = Grid.of(w.bits.astype(np.int64), w.scale.astype(np.float64), odd)
+            low, high = (torch.from_numpy(a.astype(np.float32)).view(shape) for a in (grid.low, grid.high))
+            self.grids.append((low, high, grid.rounding(np.arange(len(w.bits)).reshape(shape))))
             self.weights.append(nn.Parameter(torch.from_numpy(w.values.astype(np.float32)) * step))
             self.biases.append(nn.Parameter(torch.zeros(0) if w.bias is None else torch.from_numpy(w.bias.copy())))
             self.growths.append(nn.Parameter(torch.zeros_like(step.flatten())))
 
     def rounded(self, i: int) -> tuple[Tensor, Tensor]:
         """(integers, scale) of a weight; both pass gradients."""
-        top, like = self.tops[i], self.steps[i]
+        (low, high, nearest), like = self.grids[i], self.steps[i]
         scale = like * torch.exp(self.growths[i].view(like.shape))
-        v = torch.minimum(torch.maximum(self.weights[i] / scale, -top), top)
-        q = torch.where(self.binary[i], 1 - 2 * (v < 0).float(), torch.round(v))
-        return straight_through(v, q), scale
+        v = torch.minimum(torch.maximum(self.weights[i] / scale, low), high)
+        return straight_through(v, nearest(v).float()), scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch [N, C, H, W]."""

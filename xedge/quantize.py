@@ -38,7 +38,7 @@ class WeightScale:
     Attributes:
         layer: module name.
         scale: [C], step of each output channel; the zero-point is 0.
-        bits: [C], planned bits: q lies in [-(2^(b-1) - 1), 2^(b-1) - 1].
+        bits: [C], planned bits: a channel's integers have at most 2^b values (`rounding.Grid`).
         axis: of the ONNX initializer that `scale` runs along.
         values: int8, the shape of the initializer.
         bias: [C] float, the corrected bias; None where the node takes none.
@@ -189,9 +189,7 @@ def round_layers(
     """Scales, integers and biases of layers whose bits are chosen; `ranges` of the activations keep biases in int32."""
     graph, weights = Graph(proto), {}
     for name, layer in layers.items():
-        scale = np.maximum(layer.steps(bits[name]), least_scale(graph, layer, ranges))
-        scale = scale.astype(np.float32).astype(np.float64)
-        q, _ = rounded(layer, bits[name], feedback=feedback, scale=scale)
+        q, scale = rounded(layer, bits[name], feedback=feedback, least=least_scale(graph, layer, ranges))
         weights[name] = weight_scale(graph, name, layer, bits[name], q, scale, correct=correct)
     return weights
 
@@ -234,15 +232,19 @@ def dequantised(proto: ModelProto, weights: Mapping[str, WeightScale]) -> ModelP
     return model
 
 
-def noise_tables(layers: Mapping[str, Layer], *, feedback: bool) -> dict[str, Array]:
+def noise_tables(
+    layers: Mapping[str, Layer], judged: Mapping[str, Layer] | None = None, *, feedback: bool
+) -> dict[str, Array]:
     """Weight name -> output noise over the layer's output energy, of each channel at each of LEVELS, [O, 9].
 
-    D_o(b) = delta_o^T S delta_o / tr(W S W^T), measured on the errors that the rounding to be used leaves.
+    D_o(b) = delta_o^T S delta_o / tr(W S W^T), measured on the errors that the rounding to be used leaves; S of
+    `judged`, the same layers with moments of other images, or of `layers`.
     """
     out = {}
     for name, layer in layers.items():
-        energy = layer.distortion(layer.rows).sum() or 1.0
-        out[name] = error_tables(layer, feedback=feedback) / energy
+        judge = layer if judged is None else judged[name]
+        energy = judge.distortion(layer.rows).sum() or 1.0
+        out[name] = error_tables(layer, judge.gram, feedback=feedback) / energy
     return out
 
 
@@ -250,11 +252,10 @@ def error_tables(
     layer: Layer, gram: Array | None = None, *, feedback: bool, levels: NDArray[np.int64] = LEVELS
 ) -> Array:
     """delta^T S delta of each channel at each of `levels`, [O, 9]; `gram` takes the place of S in it."""
-    columns = []
-    for b in levels:
-        q, scale = rounded(layer, np.full(len(layer.rows), b), feedback=feedback)
-        columns.append(layer.distortion(layer.rows - q * scale[:, None, None], gram))
-    return np.stack(columns, 1)
+    many = layer.repeated(len(levels))
+    q, scale = rounded(many, np.tile(levels, len(layer.rows)), feedback=feedback)
+    errors = many.rows - q * scale[:, None, None]
+    return many.distortion(errors, gram).reshape(-1, len(levels))
 
 
 def _choose(

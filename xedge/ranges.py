@@ -6,8 +6,8 @@ to the graph that is quantised, batch norms folded. Memory does not grow with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -29,6 +29,8 @@ RangeRule = Literal["mse", "percentile", "minmax"]
 """How the 8-bit range of an activation is chosen from what calibration saw."""
 POSITIONS = 49
 """Output positions per image whose patches enter a Gram matrix."""
+ROWS = 1024
+"""Patches that are added to a Gram matrix at once: adding a large matrix takes as long as the products of a few."""
 DENSE = 1300
 """Up to this many weights an output a full Gram matrix is kept; above, one block per input channel."""
 
@@ -42,11 +44,13 @@ class Patches:
             with `split` the number of input channels.
         mean: [G, K_all], mean patch of each group.
         split: whether the Gram keeps only the blocks of single input channels.
+        ridge: what rounding adds to the diagonal, relative to the mean variance (`rounding.choose_ridges`).
     """
 
     blocks: Array
     mean: Array
     split: bool
+    ridge: float = 0.01
 
     def covariance(self) -> Array:
         """The blocks about the mean."""
@@ -80,7 +84,7 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
         rows = torch.from_numpy(ys[:, None] + np.arange(kernel[0])[None] * dilation[0])
         cols = torch.from_numpy(xs[:, None] + np.arange(kernel[1])[None] * dilation[1])
         # [N, C, oy, ky, ox, kx] -> [G, N*oy*ox, C/G*ky*kx]
-        p = image[:, :, rows][:, :, :, :, cols]
+        p = image[:, :, rows[:, :, None, None], cols]
         n, c, oy, ky, ox, kx = p.shape
         p = p.reshape(n, groups, c // groups, oy, ky, ox, kx).permute(1, 0, 3, 5, 2, 4, 6)
         return np.ascontiguousarray(p.reshape(groups, n * oy * ox, -1).numpy())
@@ -114,6 +118,7 @@ class Calibration:
         outputs: tensors that leave the graph, or whose values are all kept for another reason.
         patches: weight name -> moments of its patches.
         images: how many images were seen.
+        held: the moments on other images, by which rounding is judged; empty where there were none.
     """
 
     low: dict[str, float]
@@ -122,6 +127,7 @@ class Calibration:
     outputs: tuple[str, ...]
     patches: dict[str, Patches]
     images: int
+    held: dict[str, Patches] = field(default_factory=dict)
 
     def ranges(self, how: RangeRule = "mse") -> dict[str, tuple[float, float]]:
         """The range of each tensor, zero included; of what leaves the graph all is kept, because the user sees it."""
@@ -132,6 +138,54 @@ class Calibration:
                 out[name] = span
             else:
                 out[name] = (best_range if how == "mse" else percentile_range)(histogram, span)
+        return out
+
+
+class _Gather:
+    """Adds up the moments of the patches of every weight, image after image."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes = graph.weighted()
+        self.shapes = {n.input[1]: tuple(graph.initializers[n.input[1]].dims) for n in self.nodes}
+        self.sums: dict[str, tuple[Array, Array, int]] = {}
+        self.waiting: dict[str, list[NDArray[np.float32]]] = {n.input[1]: [] for n in self.nodes}
+
+    def see(self, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """One image's tensors."""
+        for node in self.nodes:
+            w = node.input[1]
+            self.waiting[w].append(patches(node, values[node.input[0]], self.shapes[w], groups_of(node)))
+            if sum(p.shape[1] for p in self.waiting[w]) >= ROWS:
+                self._settle(node)
+
+    def _settle(self, node: NodeProto) -> None:
+        w = node.input[1]
+        if not self.waiting[w]:
+            return
+        # In float64: the covariance is a small difference of these where a channel's mean is large, and float32
+        # products leave it indefinite.
+        p = np.concatenate(self.waiting[w], 1).astype(np.float64)
+        self.waiting[w] = []
+        g, n, k = p.shape
+        mean = p.sum(1)
+        if self._split(node):
+            c = self.shapes[w][1] if node.op_type == "Conv" else k
+            p = p.reshape(g, n, c, k // c).transpose(0, 2, 1, 3).reshape(g * c, n, k // c)
+        # Of one matrix numpy computes a product with its own transpose by half.
+        gram = (p[0].T @ p[0])[None] if len(p) == 1 else p.transpose(0, 2, 1) @ p
+        before = self.sums.get(w, (np.zeros_like(gram), np.zeros_like(mean), 0))
+        self.sums[w] = (before[0] + gram, before[1] + mean, before[2] + n)
+
+    def _split(self, node: NodeProto) -> bool:
+        return patch_length(node, self.shapes[node.input[1]]) > DENSE
+
+    def patches(self) -> dict[str, Patches]:
+        """The moments of each weight."""
+        out = {}
+        for node in self.nodes:
+            self._settle(node)
+            gram, mean, count = self.sums[node.input[1]]
+            out[node.input[1]] = Patches(gram / count, mean / count, self._split(node))
         return out
 
 
@@ -147,23 +201,12 @@ def calibrate(
     """
     graph = Graph(proto)
     tensors = graph.activations()
-    weighted = graph.weighted()
-    read = list(dict.fromkeys([*tensors, *(n.input[0] for n in weighted)]))
-    inner = [n for n in read if n not in graph.inputs]
-    run = session(exposing(proto, inner), threads=threads)
-    feed = graph.inputs[0]
+    gather = _Gather(graph)
     low = dict.fromkeys(tensors, np.inf)
     high = dict.fromkeys(tensors, -np.inf)
-    grams: dict[str, Array] = {}
-    means: dict[str, Array] = {}
-    counts: dict[str, int] = {}
-    shapes = {n.input[1]: tuple(graph.initializers[n.input[1]].dims) for n in weighted}
-    split = {n.input[1]: patch_length(n, shapes[n.input[1]]) > DENSE for n in weighted}
     seen = 0
-    for image in images():
+    for values in _values(proto, [*tensors, *(n.input[0] for n in gather.nodes)], images(), threads):
         seen += 1
-        values = dict(zip(inner, run.run(inner, {feed: image}), strict=True))
-        values[feed] = image
         for name in tensors:
             least, most = float(values[name].min()), float(values[name].max())
             if not (np.isfinite(least) and np.isfinite(most)):
@@ -171,42 +214,54 @@ def calibrate(
                     "is NaN or infinite on the calibration data", where=f"tensor {name}", fix="check the weights"
                 )
             low[name], high[name] = min(low[name], least), max(high[name], most)
-        for node in weighted:
-            w = node.input[1]
-            # In float64: the covariance is a small difference of these where a channel's mean is large, and float32
-            # products leave it indefinite.
-            p = patches(node, values[node.input[0]], shapes[w], groups_of(node)).astype(np.float64)
-            g, n, k = p.shape
-            mean = p.sum(1)
-            if split[w]:
-                c = shapes[w][1] if node.op_type == "Conv" else k
-                q = p.reshape(g, n, c, k // c).transpose(0, 2, 1, 3).reshape(g * c, n, k // c)
-                gram = q.transpose(0, 2, 1) @ q
-            else:
-                gram = p.transpose(0, 2, 1) @ p
-            grams[w] = grams[w] + gram if w in grams else gram
-            means[w] = means[w] + mean if w in means else mean
-            counts[w] = counts.get(w, 0) + n
+        gather.see(values)
     if not seen:
         raise UsageError("there are no images to calibrate on", fix="check --data")
     histograms = {n: np.zeros(BINS) for n in tensors}
-    for image in images():
-        values = dict(zip(inner, run.run(inner, {feed: image}), strict=True))
-        values[feed] = image
+    for values in _values(proto, tensors, images(), threads):
         for name in tensors:
             span = (min(low[name], 0.0), max(high[name], 0.0))
             if span[1] > span[0]:
                 flat = values[name].reshape(-1)
                 # An odd stride walks through all columns of an image.
-                histograms[name] += np.histogram(flat[:: flat.size // COUNTED | 1], BINS, span)[0]
+                histograms[name] += _histogram(flat[:: flat.size // COUNTED | 1], span)
     return Calibration(
-        low=low,
-        high=high,
-        histograms=histograms,
-        outputs=tuple(graph.outputs),
-        patches={w: Patches(grams[w] / counts[w], means[w] / counts[w], split[w]) for w in grams},
-        images=seen,
+        low=low, high=high, histograms=histograms, outputs=tuple(graph.outputs), patches=gather.patches(), images=seen
     )
+
+
+def patch_moments(proto: ModelProto, images: Iterable[NDArray[np.float32]], *, threads: int = 1) -> dict[str, Patches]:
+    """Weight name -> moments of its patches on images [1, C, H, W]: what `calibrate` finds in its first pass.
+
+    Raises:
+        UsageError: no image.
+    """
+    gather, seen = _Gather(Graph(proto)), 0
+    for values in _values(proto, [n.input[0] for n in gather.nodes], images, threads):
+        gather.see(values)
+        seen += 1
+    if not seen:
+        raise UsageError("there are no images to measure on", fix="check --data")
+    return gather.patches()
+
+
+def _values(
+    proto: ModelProto, tensors: Sequence[str], images: Iterable[NDArray[np.float32]], threads: int
+) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """The values of some tensors on each image."""
+    feed = Graph(proto).inputs[0]
+    inner = [n for n in dict.fromkeys(tensors) if n != feed]
+    run = session(exposing(proto, inner), threads=threads)
+    for image in images:
+        values = dict(zip(inner, run.run(inner, {feed: image}), strict=True)) if inner else {}
+        values[feed] = image
+        yield values
+
+
+def _histogram(values: NDArray[np.float32], span: tuple[float, float]) -> Array:
+    """Counts in BINS equal bins of a span that holds all values: numpy's own is five times slower."""
+    at = ((values - np.float32(span[0])) * np.float32(BINS / (span[1] - span[0]))).astype(np.int64)
+    return np.bincount(np.clip(at, 0, BINS - 1), minlength=BINS).astype(np.float64)
 
 
 def last_layers(proto: ModelProto) -> tuple[list[NodeProto], list[str]]:

@@ -261,7 +261,13 @@ def _lines(report: Report, original: Row | None, compressed: Row) -> Iterator[Li
     if after.latency is not None:
         yield Line("  interval", old_time[1], new_time[1], between)
     if report.planned_bits_mean is not None:
-        yield Line("bits a weight", "32", f"{report.planned_bits_mean:.2f}", "mean, planned")
+        bits = report.planned_bits_mean
+        yield Line("bits a weight", "32", f"{bits:.2f}", "mean, planned")
+        if before is not None and bits > 0:
+            pruned, rounded = before.parameters / after.parameters, 32 / bits
+            whole, left = size(4 * before.parameters), size(round(bits * after.parameters / 8))
+            product = f"{times(pruned)} by pruning, {times(rounded)} by bits: {times(pruned * rounded)}"
+            yield Line("  parameters", whole, left, product)
     if after.entropy_bits is not None:
         yield Line("  entropy", NONE, f"{after.entropy_bits:.2f}", "order 0, as stored")
     if after.executed_bits is not None:

@@ -5,13 +5,15 @@ weights multiply: the noise on the layer's output. Scales minimise the same loss
 weight's error forward into the weights not yet rounded through S (Frantar et al., GPTQ, ICLR 2023; LeCun's optimal
 brain surgeon).
 
-Channels of b >= 2 bits lie on the grid -(2^(b-1) - 1) .. 2^(b-1) - 1, of 1 bit on {-1, 1}; a channel of 0 bits is zero.
+A channel of b bits takes the better of two grids of 2^b integers: all from -2^(b-1) to 2^(b-1) - 1, or the odd ones
+from -(2^b - 1) to 2^b - 1, which lie even about 0. Of 4 bits it has the first, which int4 stores; of 1 bit the second,
+{-1, 1}; of 8 bits, to stay in int8, all of -127 .. 127; of 0 bits it is zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from xedge.errors import UnsupportedGraph
 from xedge.onnx_graph import Graph
-from xedge.ranges import Patches, groups_of, transposed
+from xedge.ranges import Calibration, Patches, groups_of, transposed
 
 Array = NDArray[np.float64]
 Bits = NDArray[np.int64]
@@ -32,6 +34,13 @@ CORRECTED = ("Conv", "Gemm")
 bias, and borders make the mean of a transposed convolution differ by position."""
 SHRINK = np.geomspace(1.0, 0.15, 24)
 """Clipping candidates: the scale as a part of the one that reaches the largest weight."""
+EITHER = (2, 3, 5, 6, 7)
+"""Widths that have both grids."""
+RIDGES = (0.01, 0.1, 0.5)
+"""Of the mean variance, on the diagonal by which errors are fed forward. The more, the less an error goes where the
+calibration images do not vary, for other images may."""
+RIDGED = 4
+"""Bits at which a layer's ridge is chosen."""
 
 
 def to_rows(node: NodeProto, w: NDArray[np.float32]) -> Array:
@@ -65,6 +74,75 @@ def channel_axis(node: NodeProto) -> int:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The integers of each channel, and their steps.
+
+    Attributes:
+        scale: [O].
+        low, high: [O], the least and the largest integer.
+        odd: [O], whether even integers are left out.
+        values: rising, the integers of all channels alike instead; None: low, high and odd say them.
+    """
+
+    scale: Array
+    low: Array
+    high: Array
+    odd: NDArray[np.bool_]
+    values: Bits | None = None
+
+    @classmethod
+    def of(cls, bits: Bits, scale: Array, odd: NDArray[np.bool_]) -> Grid:
+        """Of channels of these widths, [O]."""
+        half = 2.0 ** (bits - 1)
+        high = np.where(odd, 2 * half - 1, np.where(bits > 0, half - 1, 0.0))
+        low = np.where(odd | (bits == 8), -high, np.where(bits > 0, -half, 0.0))
+        return cls(scale, low, high, odd)
+
+    @classmethod
+    def of_values(cls, values: Bits, scale: Array) -> Grid:
+        """Of channels that share these integers."""
+        none = np.zeros(len(scale))
+        return cls(scale, none, none, none.astype(bool), values)
+
+    def rounding(self, channel: NDArray[np.intp]) -> Callable[[Tensor], Tensor]:
+        """What takes steps to the nearest integers, for a tensor of whose elements `channel` says the channel."""
+        if self.values is not None:
+            values = torch.from_numpy(self.values).double()
+            between = (values[1:] + values[:-1]) / 2
+            return lambda steps: values[torch.bucketize(steps.contiguous(), between)]
+        offset, low, high = (torch.as_tensor(a[channel].astype(np.float64)) for a in (self.odd, self.low, self.high))
+        if not self.odd.any():
+            return lambda steps: steps.round().clamp(low, high)
+        stride = 1 + offset
+        return lambda steps: ((steps - offset) / stride).round().mul(stride).add(offset).clamp(low, high)
+
+    def nearest(self, steps: Tensor, channel: NDArray[np.intp]) -> Tensor:
+        """The nearest integers."""
+        return self.rounding(channel)(steps)
+
+
+def _search(rows: Array, worth: Array, bits: int) -> tuple[Array, NDArray[np.bool_]]:
+    """(scale [O], odd [O]) with the least squared error of rows [O, T, K], weighted by `worth`."""
+    w, d = (
+        torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for a in (rows, np.broadcast_to(worth, rows.shape))
+    )
+    most = w.abs().amax((1, 2))
+    most = torch.where(most > 1e-20, most, 1.0)  # weights as good as 0 would give a scale that is no float32
+    best, chosen, kind = torch.full_like(most, torch.inf), most.clone(), torch.zeros(len(most), dtype=torch.bool)
+    for odd in (False, True) if bits in EITHER else (bits == 1,) if bits else ():
+        which = np.full(len(rows), odd)
+        one = Grid.of(np.full(len(rows), bits), np.ones(len(rows)), which)
+        nearest = one.rounding(np.zeros((), np.intp))  # all alike, and of no shape, so that float32 stays float32
+        for part in SHRINK:
+            scale = most * (part / one.high[0])
+            error = nearest(w / scale[:, None, None]).mul_(-scale[:, None, None]).add_(w).square_().mul_(d)
+            loss = error.sum((1, 2))
+            better = loss < best
+            best[better], chosen[better], kind[better] = loss[better], scale[better], odd
+    return chosen.double().numpy(), kind.numpy()
+
+
+@dataclass(frozen=True)
 class Layer:
     """One weighted node ready for rounding.
 
@@ -74,6 +152,7 @@ class Layer:
         mean: mean patch of each group, [G, K].
         groups: of the convolution.
         split: whether the Gram keeps only the blocks of single input channels.
+        ridge: relative to the mean variance, added to the Gram's diagonal where errors are fed forward.
     """
 
     node: NodeProto
@@ -83,6 +162,7 @@ class Layer:
     mean: Array
     groups: int
     split: bool
+    ridge: float = RIDGES[0]
 
     def distortion(self, error: Array, gram: Array | None = None) -> Array:
         """delta^T S delta of each output channel, [O], for errors [O, T, K]; `gram` takes the place of S."""
@@ -105,31 +185,28 @@ class Layer:
         d = d.reshape(self.groups, -1)
         return np.repeat(d, len(self.rows) // self.groups, 0)[:, None, :]
 
-    def step(self, bits: int) -> Array:
-        """Scales [O] at a width: the clipping with the least weighted squared error."""
-        full = np.abs(self.rows).max((1, 2)) / max(1, 2 ** (bits - 1) - 1 if bits else 1)
-        full = np.where(full > 1e-20, full, 1.0)  # weights as good as 0 would give a scale that is no float32
-        if bits == 0:
-            return full
+    def grid(self, bits: Bits, least: Array | None = None) -> Grid:
+        """Grids of channels of these widths [O]: the kind and the clipping with the least weighted squared error.
+
+        Args:
+            bits: 0 to 8.
+            least: scales [O] that are not to be fallen below.
+        """
+        scale, odd = np.empty(len(bits)), np.empty(len(bits), dtype=bool)
         diagonal = self.diagonal()
         # Where a patch element never varies its weight still counts a little, or its scale would be arbitrary.
         diagonal = diagonal + 1e-3 * (diagonal.mean() or 1.0)
-        best, chosen = np.full(len(full), np.inf), full.copy()
-        wide = np.full(len(full), bits)
-        for part in SHRINK:
-            s = full * part
-            q = round_nearest(self, s, wide) * s[:, None, None]
-            error = ((self.rows - q) ** 2 * diagonal).sum((1, 2))
-            better = error < best
-            best[better], chosen[better] = error[better], s[better]
-        return np.asarray(chosen.astype(np.float32), dtype=np.float64)
-
-    def steps(self, bits: Bits) -> Array:
-        """Scales [O] of channels of these widths."""
-        scale = np.empty(len(bits))
         for b in np.unique(bits):
-            scale[bits == b] = self.step(int(b))[bits == b]
-        return scale
+            which = np.flatnonzero(bits == b)
+            scale[which], odd[which] = _search(self.rows[which], diagonal[which], int(b))
+        scale = scale if least is None else np.maximum(scale, least)
+        return Grid.of(bits, scale.astype(np.float32).astype(np.float64), odd)
+
+    def repeated(self, times: int) -> Layer:
+        """The same with every output channel so many times in a row, to be rounded to several widths at once."""
+        more = replace(self, rows=np.repeat(self.rows, times, 0))
+        more.__dict__["upper"] = self.upper  # where cached_property keeps it: it is that of the Gram matrix
+        return more
 
     @cached_property
     def upper(self) -> Tensor:
@@ -138,7 +215,7 @@ class Layer:
         variance = h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(0)
         # A channel that never varies has no covariance but rounding noise, of the order of its squared mean.
         square = torch.from_numpy(self.mean.reshape(len(h), -1)).square().mean(1)
-        ridge = 0.01 * variance + 1e-9 * square + 1e-14
+        ridge = self.ridge * variance + 1e-9 * square + 1e-14
         h += ridge[:, None, None] * torch.eye(h.shape[1], dtype=h.dtype)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
         upper: Tensor = torch.linalg.cholesky((inverse + inverse.mT) / 2, upper=True)
@@ -164,39 +241,16 @@ def make_layer(graph: Graph, node: NodeProto, patches: Patches) -> Layer:
     gram = patches.covariance() if node.op_type in CORRECTED else patches.blocks
     name = node.input[1].removesuffix(".weight")
     gram = (gram + gram.transpose(0, 2, 1)) / 2
-    return Layer(node, name, to_rows(node, w), gram, patches.mean, groups_of(node), patches.split)
+    return Layer(node, name, to_rows(node, w), gram, patches.mean, groups_of(node), patches.split, patches.ridge)
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The integers of each channel: |q| <= top, and no 0 where `binary` (None: nowhere), which broadcast; or `values`,
-    rising, of all channels alike."""
-
-    top: Tensor
-    binary: Tensor | None
-    values: Tensor | None
-
-    @classmethod
-    def of(cls, bits: Bits, values: Bits | None) -> _Grid:
-        b = torch.from_numpy(bits)
-        one = b == 1
-        top = torch.where(b >= 2, 2.0 ** (b - 1) - 1, 0.0).double()
-        return cls(top, one if bool(one.any()) else None, None if values is None else torch.from_numpy(values).double())
-
-    def nearest(self, steps: Tensor) -> Tensor:
-        if self.values is not None:
-            return self.values[torch.bucketize(steps.contiguous(), (self.values[1:] + self.values[:-1]) / 2)]
-        q = steps.round().clamp(-self.top, self.top)
-        return q if self.binary is None else torch.where(self.binary, 1.0 - 2.0 * (steps < 0), q)
+def round_nearest(layer: Layer, grid: Grid) -> Array:
+    """Integers [O, T, K] of each weight rounded by itself."""
+    steps = torch.from_numpy(layer.rows / grid.scale[:, None, None])
+    return np.asarray(grid.nearest(steps, np.arange(len(grid.scale))[:, None, None]).numpy())
 
 
-def round_nearest(layer: Layer, scale: Array, bits: Bits, values: Bits | None = None) -> Array:
-    """Integers [O, T, K] of each weight rounded by itself; to `values` where they are given."""
-    steps = torch.from_numpy(layer.rows / scale[:, None, None])
-    return np.asarray(_Grid.of(bits[:, None, None], values).nearest(steps).numpy())
-
-
-def round_with_feedback(layer: Layer, scale: Array, bits: Bits, block: int = 64, values: Bits | None = None) -> Array:
+def round_with_feedback(layer: Layer, grid: Grid, block: int = 64) -> Array:
     """Integers [O, T, K], each rounding error fed into the weights still to be rounded, through the covariance."""
     o, t, k = layer.rows.shape
     size = layer.gram.shape[1]
@@ -204,16 +258,15 @@ def round_with_feedback(layer: Layer, scale: Array, bits: Bits, block: int = 64,
     rows = layer.rows.reshape(layer.groups, o // layer.groups * t, per, size).transpose(0, 2, 1, 3)
     # A copy: it changes as errors are fed forward, and the layer's own rows must not.
     w = torch.from_numpy(rows.reshape(layer.groups * per, -1, size).copy())
-    s = np.repeat(scale, t).reshape(layer.groups, 1, -1).repeat(per, 1).reshape(layer.groups * per, -1)
-    b = np.repeat(bits, t).reshape(layer.groups, 1, -1).repeat(per, 1).reshape(s.shape)
-    step, grid, upper = torch.from_numpy(s), _Grid.of(b, values), layer.upper
+    channel = np.repeat(np.arange(o), t).reshape(layer.groups, 1, -1).repeat(per, 1).reshape(layer.groups * per, -1)
+    nearest, step, upper = grid.rounding(channel), torch.from_numpy(grid.scale[channel]), layer.upper
     q = torch.empty_like(w)
     for start in range(0, size, block):
         stop = min(start + block, size)
         errors = torch.zeros(*w.shape[:2], stop - start, dtype=w.dtype)
         for i in range(start, stop):
             column = w[:, :, i]
-            q[:, :, i] = grid.nearest(column / step)
+            q[:, :, i] = nearest(column / step)
             error = (column - q[:, :, i] * step) / upper[:, i, i, None]
             errors[:, :, i - start] = error
             if i + 1 < stop:
@@ -224,18 +277,31 @@ def round_with_feedback(layer: Layer, scale: Array, bits: Bits, block: int = 64,
     return np.ascontiguousarray(out.reshape(o, t, k))
 
 
-def rounded(layer: Layer, bits: Bits, *, feedback: bool, scale: Array | None = None) -> tuple[Array, Array]:
-    """(integers [O, T, K], scales [O]) of channels of these widths.
+def rounded(layer: Layer, bits: Bits, *, feedback: bool, least: Array | None = None) -> tuple[Array, Array]:
+    """(integers [O, T, K], scales [O]) of channels of these widths; scales are not below `least`.
 
     Where few levels clip what is fed forward, feedback may lose; each channel keeps the better of both roundings.
     """
-    scale = layer.steps(bits) if scale is None else scale
-    q = round_nearest(layer, scale, bits)
+    grid = layer.grid(bits, least)
+    q = round_nearest(layer, grid)
     if feedback:
-        fed = round_with_feedback(layer, scale, bits)
-        near, far = (layer.distortion(layer.rows - x * scale[:, None, None]) for x in (q, fed))
+        fed = round_with_feedback(layer, grid)
+        near, far = (layer.distortion(layer.rows - x * grid.scale[:, None, None]) for x in (q, fed))
         q = np.where((far < near)[:, None, None], fed, q)
-    return q, scale
+    return q, grid.scale
+
+
+def choose_ridges(proto: ModelProto, calibration: Calibration, held: dict[str, Patches]) -> Calibration:
+    """The calibration, with the ridge of RIDGES for each layer that leaves the least noise at RIDGED bits on other
+    images, whose moments are `held`; it keeps these too."""
+    judges, chosen = layers_of(proto, held), {}
+    for name, layer in layers_of(proto, calibration.patches).items():
+        noise = {}
+        for ridge in RIDGES:
+            q, scale = rounded(replace(layer, ridge=ridge), np.full(len(layer.rows), RIDGED), feedback=True)
+            noise[ridge] = judges[name].distortion(layer.rows - q * scale[:, None, None]).sum()
+        chosen[name] = replace(calibration.patches[name], ridge=min(RIDGES, key=noise.__getitem__))
+    return replace(calibration, patches=chosen, held=held)
 
 
 def weight_counts(layers: Iterable[Layer]) -> NDArray[np.int64]:

@@ -52,6 +52,7 @@ def distortions(
     samples: Callable[[], Iterable[Sample]],
     teacher: Teacher,
     *,
+    held: Callable[[], Iterable[Sample]] | None = None,
     feedback: bool = True,
     seed: int = 0,
 ) -> dict[str, Array]:
@@ -63,6 +64,9 @@ def distortions(
         proto: its float graph. calibration: of that graph.
         samples: starts a pass over training images.
         teacher: of `di`.
+        held: starts a pass over images that rounding has not seen, on which layer weights are measured; by default
+            `samples`. The errors themselves are measured on `calibration.held`, where there is any: feedback fits them
+            to the images it knows, the more so the fewer these are.
         feedback: measure the errors after error feedback.
         seed: of the labels that `kfac` draws from the model's own answers.
     """
@@ -75,14 +79,15 @@ def distortions(
             n: error_tables(la, np.broadcast_to(eye(la.gram.shape[1]), la.gram.shape), feedback=feedback)
             for n, la in layers.items()
         }
+    judged = layers_of(proto, calibration.held or calibration.patches)
     if how == "kfac":
         felt = fisher(model, proto, list(layers), samples(), seed)
-        return {n: felt[n][:, None] * error_tables(la, feedback=feedback) for n, la in layers.items()}
+        return {n: felt[n][:, None] * error_tables(la, judged[n].gram, feedback=feedback) for n, la in layers.items()}
     if how == "di":
         taught = information(proto, layers, samples(), teacher)
         return {n: g[:, None] * error_tables(layers[n], c, feedback=feedback) for n, (g, c) in taught.items()}
-    tables = noise_tables(layers, feedback=feedback)
-    weights = layer_weights(proto, layers, tables, samples(), feedback=feedback)
+    tables = noise_tables(layers, judged, feedback=feedback)
+    weights = layer_weights(proto, layers, tables, (held or samples)(), feedback=feedback)
     return {n: weights[n] * t for n, t in tables.items()}
 
 
