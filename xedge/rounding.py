@@ -34,7 +34,7 @@ CORRECTED = ("Conv", "Gemm")
 bias, and borders make the mean of a transposed convolution differ by position."""
 SHRINK = np.geomspace(1.0, 0.15, 24)
 """Clipping candidates: the scale as a part of the one that reaches the largest weight."""
-EITHER = (2, 3, 5, 6, 7)
+EITHER = (2, 3)
 """Widths that have both grids."""
 RIDGES = (0.01, 0.1, 0.5)
 """Of the mean variance, on the diagonal by which errors are fed forward. The more, the less an error goes where the
