@@ -59,7 +59,7 @@ def test_a_run_reports_decibels(restored: Path) -> None:
         assert (after.top1, after.agreement, after.verified_agreement) == (None, None, None)
         assert before.psnr == verified["original"]["psnr"]
         assert after.psnr == verified["targets"][target]["psnr"]
-        assert abs(verified["float"]["psnr"] - (after.psnr or 0)) < 0.5  # six bits
+        assert abs(verified["float"]["psnr"] - (after.psnr or 0)) < 0.7  # six bits, a net of 3732 parameters
         assert (after.snr_db or 0) > verified["targets"][target]["least_snr_db"] - 1e-9
         assert after.macs < before.macs / 2
     assert [i.select_psnr is not None for i in report.iterations] == [True, True]
