@@ -1,7 +1,8 @@
-"""The agent that goes to the board, with the real aarch64 runtimes, over SSH; emulated, and never said to be else."""
+"""The agent that goes to the board, with the real aarch64 runtimes, over SSH and ADB; emulated, and said to be."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,29 +14,48 @@ import onnx
 import pytest
 from devices import TREE, all_gone
 from flavours import images, quantised
+from test_adb import Phone, server
 
 from xedge.device import Device, open_device
 from xedge.errors import DeviceError, UsageError
 from xedge.measure import Protocol, agent_path, measure
 from xedge.measurement import gate, to_text
 from xedge.targets import tflite
+from xedge.transports import adb
 from xedge.transports.supervised import Supervised
 
 if TYPE_CHECKING:
     from sshd import Server
 
 pytest_plugins = ["sshd"]
+__all__ = ["server"]  # a fixture
 
 
 @pytest.fixture(scope="module")
-def board(sshd: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+def over_ssh(sshd: Server) -> str:
+    return f'address = "{sshd.address}"\nssh_config = "{sshd.config}"\n'
+
+
+@pytest.fixture(scope="module")
+def over_adb(server: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The real adb, and a phone whose Python is the emulated one; its shell is this host's."""
+    folder = tmp_path_factory.mktemp("phone")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(adb, "BASE", str(folder))
+        phone = Phone(folder)
+        yield f'address = "adb://{phone.serial}"\n'
+        phone.end()
+
+
+@pytest.fixture(scope="module", params=["over_ssh", "over_adb"])
+def board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     if shutil.which("qemu-aarch64-static") is None:
         pytest.skip("needs qemu-user-static: apt-get install qemu-user-static")
     if not (arm64.ROOT / ".made").exists():
         pytest.skip("needs aarch64 runtimes: python tests/arm64.py")
     file = tmp_path_factory.mktemp("board") / "arm.toml"
     words = ", ".join(f'"{word}"' for word in arm64.python())
-    file.write_text(f'address = "{sshd.address}"\npython = [{words}]\nssh_config = "{sshd.config}"\nkind = "real"\n')
+    file.write_text(f'{request.getfixturevalue(request.param)}python = [{words}]\nkind = "real"\n')
     with open_device(str(file)) as device:
         yield device
 
@@ -56,8 +76,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_an_emulator_is_called_one_whatever_the_device_file_says(board: Device) -> None:
     facts = board.transport.facts()
-    assert (facts["machine"], facts["emulator"]) == ("aarch64", "qemu-aarch64-static")
-    assert facts["numpy"] == np.__version__
+    assert facts["emulator"] == "qemu-aarch64-static"
+    if isinstance(board.transport, Supervised):  # adb knows the phone's shell, which is this host's here
+        assert (facts["machine"], facts["numpy"]) == ("aarch64", np.__version__)
     assert board.kind == "emulated"
 
 
@@ -70,7 +91,7 @@ def test_a_timeout_leaves_nothing_there_either(board: Device, tmp_path: Path) ->
 def outputs(device: Device, model: Path, x: np.ndarray, folder: Path) -> np.ndarray:
     np.save(folder / "x.npy", x)
     transport = device.transport
-    assert isinstance(transport, Supervised)
+    assert isinstance(transport, Supervised | adb.Adb)
     runtime = "onnxruntime" if model.suffix == ".onnx" else "litert"
     words = ["--model", transport.push(model), "--runtime", runtime, "--input", transport.push(folder / "x.npy")]
     done = transport.run([*device.python, transport.push(agent_path()), *words, "--output", "y.npy"], 120)
@@ -105,10 +126,12 @@ def test_a_measurement_says_that_it_is_emulated_and_passes_no_gate(
     board: Device, models: dict[str, Path], name: str
 ) -> None:
     found = measure(board, models[name], protocol=Protocol("quick", "", 1, 5, 0.0, 0.0, 1.0, 0, 0.0))
-    before = found.processes[0].before
-    assert (before["machine"], before["runtime_version"]) == ("aarch64", board.transport.facts()[
-        "onnxruntime" if name.endswith("onnx") else "ai-edge-litert"
-    ])  # fmt: skip
+    (process,) = found.processes
+    package = "onnxruntime" if name.endswith("onnx") else "ai-edge-litert"
+    there = process.before["machine"], process.before["runtime_version"]
+    assert there == ("aarch64", importlib.metadata.version(package))
+    assert len(process.run_ns) >= 5
+    assert min(process.run_ns) > 0
     assert found.device_kind == "emulated"
     assert " on arm (emulated), " in to_text(found)
     with pytest.raises(UsageError, match="device arm: is emulated, and a latency gate takes a real device"):

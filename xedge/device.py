@@ -223,7 +223,7 @@ def _connect(about: Description, wait: float | None, say: Callable[[str], None])
     if about.address.startswith("adb://"):
         from xedge.transports.adb import Adb
 
-        return Adb(about.address.removeprefix("adb://"), wait, say), python
+        return Adb(about.address.removeprefix("adb://"), wait, say, python=python), python
     from xedge.transports.browser import Browser
     from xedge.transports.browser import parse as parse_browser
 

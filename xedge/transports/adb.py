@@ -36,6 +36,9 @@ ANSWER = 20.0
 
 _SLOWEST = 1e6  # bytes a second, of a bad cable
 
+_EXE = "import os; print(os.path.basename(os.readlink('/proc//self/exe')))"
+"""Of whom runs Python there: qemu's user mode answers with the emulated program, but not to this spelling of it."""
+
 _RUN = """
 token=$1 seconds=$2; shift 2
 end() {  # all that carry the mark; this shell itself was started without it
@@ -102,6 +105,7 @@ class Adb:
     Args:
         wait: seconds to queue for the phone's lock; None goes without the lock, for looking only.
         say: called with a line while another job holds the phone.
+        python: the command there that runs the agent; it is asked whether it is emulated.
 
     Raises DeviceError where adb or the phone is absent, refuses this host, or is still in use after `wait` seconds.
     """
@@ -112,10 +116,12 @@ class Adb:
         wait: float | None = None,
         say: Callable[[str], None] = lambda line: None,
         lease: float = LEASE,
+        python: Sequence[str] = ("python3",),
     ) -> None:
         if shutil.which("adb") is None:
             raise DeviceError("adb is not installed", where=f"adb://{serial}", fix="sudo apt-get install adb")
         self._serial, self._name, self._lease = serial, f"adb://{serial}", lease
+        self._python = python
         self._token = secrets.token_hex(8)
         self._held: Wire | None = None
         self._open = True
@@ -279,6 +285,9 @@ class Adb:
         for name, key in (word.split() for word in names):
             value = self._shell(f"getprop {key} 2>/dev/null || true").strip()
             found.update({name: value} if value else {})
+        program = self._shell(f"{shlex.join([*self._python, '-c', _EXE])} 2>/dev/null || true").strip()
+        if program.startswith("qemu-"):
+            found["emulator"] = program
         return found
 
     def close(self) -> None:
