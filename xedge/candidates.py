@@ -21,6 +21,7 @@ import onnx
 import torch
 from onnx import ModelProto
 
+from xedge import precision
 from xedge.audit import audit_one
 from xedge.data import at_once, batches
 from xedge.device import describe, open_device
@@ -39,7 +40,7 @@ from xedge.target import Flavour, Target
 from xedge.train import predict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from xedge.request import Loaded
 
 PROTOCOL = STANDARD
+MIXED = "int8 and float"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Form:
 
     Attributes:
         name: ``int8`` (the plan's; ``float`` of a target without integers), ``int8 with exceptions`` (layers that the
-            audit names stay float), ``float16`` or ``float32``.
+            audit names stay float), ``int8 and float`` (those that the latency table does), ``float16`` or ``float32``.
         path: of the model file.
         flavour, table: of the quantised torch model that it is compared with.
         kept_float: the exceptions.
@@ -89,7 +91,8 @@ def ship(
         path = _compiled(run, step, {"onnx": planned}, target, target.compile)
         choice = Choice(target.name, name, f"{name} as planned, unmeasured: {reason}")
         return Form(name, path, target.flavour, table), choice
-    made = forms(run, target, name, table, planned, floats, talk)
+    mixed = by_latency(run, loaded, target, table, planned, floats, talk)
+    made = forms(run, target, name, table, planned, floats, talk, mixed)
     decided = run.step(
         f"candidates/{target.name}.json",
         {
@@ -141,15 +144,25 @@ def unmeasured(target: Target, address: str | None) -> str | None:
 
 
 def forms(
-    run: Run, target: Target, name: str, table: ScaleTable, planned: Path, floats: Path, talk: Talk
-) -> list[Form]:
-    """The plan's form, then the others, each a sealed step of the run under candidates/."""
+    run: Run, target: Target, name: str, table: ScaleTable, planned: Path, floats: Path, talk: Talk,
+    mixed: Mapping[str, Any] | None,
+) -> list[Form]:  # fmt: skip
+    """The plan's form, then the others, each a sealed step of the run under candidates/; `mixed` is `by_latency`'s."""
 
     def made(form: str, source: Path, compile_: Callable[[Path, Path, str], Path]) -> Path:
         step = f"candidates/{target.name}-{form.replace(' ', '-')}"
         return _compiled(run, step, {"onnx": source}, target, compile_)
 
     found = [Form(name, made(name, planned, target.compile), target.flavour, table)]
+    if mixed is not None and 0 < len(mixed["layers"]) < len(table.weights):
+        plain = precision.partly(table, mixed)
+        source = run.step(
+            f"candidates/{target.name}-precision.onnx",
+            {"floats": floats, "plan": planned, "float": mixed},
+            lambda p: onnx.save(write_flavour(onnx.load(floats), plain, target.flavour), p),
+        )
+        kept = tuple(mixed["layers"])
+        found.append(Form(MIXED, made(MIXED, source, target.compile), target.flavour, plain, kept))
     names = exceptions(planned, table)
     if names:
         partly = without(table, onnx.load(floats), names)
@@ -167,6 +180,33 @@ def forms(
             talk.say(f"  {target.name} in float16 is left out: {e}")
     found.append(Form("float32", made("float32", floats, target.compile), "float", table))
     return found
+
+
+def by_latency(
+    run: Run, loaded: Loaded, target: Target, table: ScaleTable, planned: Path, floats: Path, talk: Talk
+) -> dict[str, Any] | None:
+    """`precision.choose_floats` under a latency budget, sealed; None without one or for kernels that it cannot time."""
+    address = loaded.request.device
+    if loaded.settings.budget.latency is None or address is None or target.flavour not in ("litert", "onnxruntime"):
+        return None
+    try:
+        path = run.step(
+            f"candidates/{target.name}-precision.json",
+            {"floats": floats, "plan": planned, "device": address, "target": target.name},
+            lambda p: p.write_text(
+                json.dumps(precision.choose_floats(onnx.load(floats), table, address, target, talk.say), sort_keys=True)
+            ),
+        )
+    except UnsupportedGraph as e:
+        talk.say(f"  {target.name} with float layers by latency is left out: {e}")
+        return None
+    return dict(read_json(path))
+
+
+def precision_notes(folder: Path, choices: Sequence[Choice]) -> list[str]:
+    """Of the targets that ship `MIXED`: what stays float there and why."""
+    found = (c.target for c in choices if c.form == MIXED)
+    return [line for t in found for line in precision.words(read_json(folder / f"candidates/{t}-precision.json"))]
 
 
 def exceptions(flavoured: Path, table: ScaleTable) -> tuple[str, ...]:

@@ -266,7 +266,6 @@ def build_table(
         wide = inside or outside
         points[unit.key, inside, outside] = lambda: unit_artefact(unit, wide, outside, target)
 
-    points[NOTHING, 0, 0] = lambda: compiled_unit(_nothing(target.opset), target)
     for key, (insides, outsides) in axes.items():
         for i in insides:
             for o in outsides:
@@ -274,19 +273,7 @@ def build_table(
     for unit, inside, widths in swept.values():
         for width in widths:
             want(unit, inside, width)
-    with open_device(address, say=say) as device:
-        need_real(device)
-        first = _Bundle(device, target, {(NOTHING, 0, 0): points[NOTHING, 0, 0]})
-        facts = first.once(rounds=1)[0]
-        cache = _Cache(cache_file(device, target, facts))
-        missing = {p: make for p, make in points.items() if p not in cache.raw}
-        if missing:
-            say(f"  latency table: {len(missing)} units of {len(points)} are new to {device.name}, measuring")
-        names = list(missing)
-        for start in range(0, len(names), BUNDLE):
-            part = _Bundle(device, target, {p: missing[p] for p in names[start : start + BUNDLE]})
-            cache.add(part.measured(say))
-    ns = {p: typical(cache.raw[p]) for p in points}
+    name, facts, ns = timed_points(address, target, points, say)
     stairs = {
         kind: stair_of(widths, [ns[unit.key, inside, w] for w in widths])
         for kind, (unit, inside, widths) in swept.items()
@@ -300,7 +287,34 @@ def build_table(
         )
         for key, (insides, outsides) in axes.items()
     }
-    return Table(device.name, facts, grids, ns[NOTHING, 0, 0], stairs, len(points))
+    return Table(name, facts, grids, ns[NOTHING, 0, 0], stairs, len(ns))
+
+
+def timed_points(
+    address: str, target: Target, points: Mapping[Point, Callable[[], bytes]], say: Callable[[str], None]
+) -> tuple[str, dict[str, Any], dict[Point, float]]:
+    """The device's name, its facts, and the nanoseconds of `points` and of (NOTHING, 0, 0) there.
+
+    What the user's cache does not hold yet is made and measured.
+
+    Raises:
+        UsageError: an emulated device. DeviceError: it is absent or was lost. UnsupportedGraph: a unit is.
+    """
+    points = {**points, (NOTHING, 0, 0): lambda: compiled_unit(_nothing(target.opset), target)}
+    with open_device(address, say=say) as device:
+        need_real(device)
+        first = _Bundle(device, target, {(NOTHING, 0, 0): points[NOTHING, 0, 0]})
+        facts = first.once(rounds=1)[0]
+        cache = _Cache(cache_file(device, target, facts))
+        missing = {p: make for p, make in points.items() if p not in cache.raw}
+        if missing:
+            say(f"  latency table: {len(missing)} units of {len(points)} are new to {device.name}, measuring")
+        names = list(missing)
+        for start in range(0, len(names), BUNDLE):
+            part = _Bundle(device, target, {p: missing[p] for p in names[start : start + BUNDLE]})
+            cache.add(part.measured(say))
+        name = device.name
+    return name, facts, {p: typical(cache.raw[p]) for p in points}
 
 
 def need_real(device: Device) -> None:

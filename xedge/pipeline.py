@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xedge.budget import choose_bits, samples
-from xedge.candidates import ship
+from xedge.candidates import precision_notes, ship
 from xedge.data import at_once, batches, enough
 from xedge.equalize import equalize
 from xedge.errors import UnsupportedGraph, UsageError
@@ -172,7 +172,8 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         )
         with safe_open(weights, "pt") as opened:
             note = (opened.metadata() or {}).get("note")
-        report = replace(report, notes=(*report.notes, *([note] if note else [])))
+        extra = [*precision_notes(run.folder, choices), *([note] if note else [])]
+        report = replace(report, notes=(*report.notes, *extra))
         if data.pictures:
             report = replace(
                 report, crops=_crops(run, loaded, shipped(report, loaded.targets[0].name), models, plain, talk)

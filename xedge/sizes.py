@@ -111,6 +111,7 @@ def source(run: Path, target: Target | None, form: str = "int8") -> ModelProto:
     if target is not None:
         forms = {"float16": "float.onnx", "float32": "float.onnx"}
         forms["int8 with exceptions"] = f"candidates/{target.name}-exceptions.onnx"
+        forms["int8 and float"] = f"candidates/{target.name}-precision.onnx"
         path = run / forms.get(form, f"model.{target.flavour}.onnx")
     if not path.is_file():
         raise UsageError("there is no such file", where=str(path), fix="give a finished run's folder")

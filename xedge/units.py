@@ -302,6 +302,23 @@ def unit_artefact(unit: Unit, inside: int, outside: int, target: Target) -> byte
     return compiled_unit(alone(unit, inside, outside, target.opset), target, "" if unit.real else None)
 
 
+def float_artefact(unit: Unit, inside: int, outside: int, target: Target) -> bytes:
+    """As `unit_artefact`, but float throughout: it takes and gives floats."""
+    return _compiled(alone(unit, inside, outside, target.opset), target)
+
+
+def border_artefact(shape: tuple[int, ...], rounded: str, target: Target) -> bytes:
+    """A float addition that takes (``x``) or gives (``y``) integers, or neither (empty): what it takes longer for that
+    is one conversion of a tensor of this shape. (LiteRT's writer would let a ReLU pass integers on.)"""
+    sides = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "xy"]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "border", sides[:1], sides[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", target.opset)], ir_version=8)
+    flavoured = write_flavour(model, ScaleTable({}, dict.fromkeys(rounded, RANGE)), target.flavour)
+    if target.flavour == "onnxruntime":
+        _open_ends(flavoured)
+    return _compiled(flavoured, target)
+
+
 def compiled_unit(proto: ModelProto, target: Target, keep_float: str | None = None) -> bytes:
     """The target's file for a float graph that is to stand for a part of a model: it takes and gives integers."""
     flavoured = write_flavour(proto, plain_table(proto, keep_float), target.flavour)
