@@ -214,6 +214,8 @@ def test_the_loop_on_this_host(request_: Request, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(latency, "PROCESSES", 2)
     monkeypatch.setattr(latency, "SWEEP", 9)
     monkeypatch.setattr("xedge.meter.QUICK", dataclasses.replace(QUICK, processes=2, retries=0))
+    short = dataclasses.replace(QUICK, min_runs=20, seconds=0.02, warmup_seconds=0.02)
+    monkeypatch.setattr("xedge.candidates.PROTOCOL", short)
     told: list[str] = []
     talk = Talk(quiet=True)
     monkeypatch.setattr(Talk, "say", lambda self, line: told.append(line))
