@@ -64,6 +64,7 @@ def test_every_option_of_compress_reaches_the_request(monkeypatch: pytest.Monkey
         "ranges": "percentile", "feedback": False, "bias_correction": False, "equalize": True,
         "keep_float": "^fc", "bits_min": ((6, "^conv1$"), (5, "conv2")), "codebook": True, "qat": 3,
         "fold": False, "allocation": "taylor", "stop": "energy", "step": 0.2, "smoothing": 0.1, "distill": 0.5,
+        "rewrite_subpixel": True,
     }  # fmt: skip
     assert set(given) == set(Request.__dataclass_fields__)
     words = ["compress", "--dry-run", "--json", "--target", "android", "--target", "jetson", "--max-drop", "0.5%"]
