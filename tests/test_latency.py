@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_agent import run as agent
+from test_measure import record
 from test_plan import IDS, MODELS
 from torch import nn
 
@@ -28,7 +29,9 @@ from xedge.errors import LatencyMissed, UsageError
 from xedge.groups import find_groups
 from xedge.latency import Grid, LatencyCosts, Table, corrected, stair_of
 from xedge.load import load_target
-from xedge.measure import QUICK
+from xedge.measure import QUICK, STANDARD, Protocol
+from xedge.measurement import Measurement
+from xedge.meter import LatencyMeter
 from xedge.models.resnet import resnet20
 from xedge.onnx_graph import Graph, export_float
 from xedge.pipeline import compress
@@ -36,7 +39,7 @@ from xedge.plan import allocate
 from xedge.progress import Talk
 from xedge.prune import cut
 from xedge.request import Request
-from xedge.run import read_json
+from xedge.run import Run, read_json
 from xedge.units import artefact, unit_artefact, units_of
 
 
@@ -214,6 +217,7 @@ def test_the_loop_on_this_host(request_: Request, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(latency, "PROCESSES", 2)
     monkeypatch.setattr(latency, "SWEEP", 9)
     monkeypatch.setattr("xedge.meter.QUICK", dataclasses.replace(QUICK, processes=2, retries=0))
+    monkeypatch.setattr("xedge.meter.STANDARD", dataclasses.replace(QUICK, processes=5, retries=0))
     short = dataclasses.replace(QUICK, min_runs=20, seconds=0.02, warmup_seconds=0.02)
     monkeypatch.setattr("xedge.candidates.PROTOCOL", short)
     told: list[str] = []
@@ -258,6 +262,35 @@ def test_the_loop_on_this_host(request_: Request, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("xedge.precision.timed_points", None)
     monkeypatch.setattr("xedge.meter.measure", None)
     compress(asked, folder, talk, bench=False)
+
+
+@pytest.mark.parametrize(
+    ("quick", "asked"),
+    [
+        (record([0.8] * 7), [QUICK]),
+        (record([1.2] * 7), [QUICK]),
+        (record([0.8] * 6 + [1.2]), [QUICK, STANDARD]),
+        (record([1.2] * 7, verdict="throttled"), [QUICK, STANDARD]),
+    ],
+    ids=["under", "over", "astride", "throttled"],
+)
+def test_what_a_quick_look_leaves_open_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: Measurement, asked: list[Protocol]
+) -> None:
+    given: list[Protocol] = []
+    found = {QUICK: quick, STANDARD: record([0.9] * 11)}
+    monkeypatch.setattr("xedge.meter.measure", lambda *a: given.append(a[-1]) or found[a[-1]])
+    proto = export_float(tiny.net().eval(), (1, 8, 8), 17)
+    target = load_target("android")
+    table = Table("made up", {}, {}, 0.0, {}, 0)
+    with Run.open(tmp_path / "run", {}) as run:
+        meter = LatencyMeter(
+            run, "local", target, (1, 8, 8), 1.0, table, tuple(units_of(proto)), None, Talk(quiet=True)
+        )
+        (tmp_path / "weights").write_bytes(b"some")
+        spent = meter.spent(0, tiny.net().eval(), tmp_path / "weights")
+    assert given == asked
+    assert spent.cost == found[asked[-1]].interval.upper
 
 
 def _least(table: Table, request: Request) -> float:

@@ -145,6 +145,7 @@ def test_a_run_times_both_and_ships_what_the_whole_says(
     monkeypatch.setattr(latency, "PROCESSES", 1)
     monkeypatch.setattr(latency, "SWEEP", 4)
     monkeypatch.setattr("xedge.meter.QUICK", dataclasses.replace(QUICK, processes=2, retries=0))
+    monkeypatch.setattr("xedge.meter.STANDARD", dataclasses.replace(QUICK, processes=5, retries=0))
     monkeypatch.setattr(candidates, "PROTOCOL", SHORT)
     real: dict[Point, float] = {}
     timed = precision.timed_points
