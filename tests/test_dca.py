@@ -15,6 +15,7 @@ from xedge.criteria.di import EPS, scatters, solve
 from xedge.dca import components, explained
 from xedge.groups import find_groups
 from xedge.iterate import information
+from xedge.models.srresnet import x_srresnet
 from xedge.moments import Moments
 from xedge.observe import observe
 from xedge.teacher import Teacher
@@ -89,3 +90,18 @@ def test_curves_of_a_model_end_at_the_information_of_all_channels(seed: int) -> 
         assert (np.diff(curve) >= 0).all()
         assert curve[-1] == pytest.approx(di[name], abs=1e-9)
         assert curve[2] == pytest.approx(curve[-1], abs=1e-9)  # four classes, three components
+
+
+def test_a_group_read_at_two_resolutions_has_one_curve() -> None:
+    """As in nets that enlarge by nearest neighbours: a pixel of the finer map stands for fewer of the truth's."""
+    torch.manual_seed(0)
+    model = x_srresnet(2, blocks=1, width=8).eval()
+    groups = find_groups(model, torch.zeros(1, 3, 8, 8))
+    pairs = [(torch.rand(8, 3, 8, 8), torch.rand(8, 3, 16, 16))]
+    seen = observe(model, groups, pairs, Teacher("images", 3, pictures="residual"), gradients=False)
+    curves, di = explained(seen, groups), information(seen, groups)
+    taps = {g.name: {min(8, len(s.pooled.cross()[0])) for s, _ in seen.of(g)} for g in groups.free}
+    assert any(len(lengths) > 1 for lengths in taps.values())
+    for name, curve in curves.items():
+        assert len(curve) == max(taps[name])
+        assert curve[-1] == pytest.approx(di[name], abs=1e-9)

@@ -56,7 +56,8 @@ def components(moments: Moments, teacher: Teacher, eps: float, *, standardise: b
 
 def explained(observed: Observed, groups: Groups) -> dict[str, Array]:
     """For each group, DI of its first 1, 2, ... K components relative to the teacher's energy, [K], averaged over its
-    taps: the last is the DI of all its channels."""
+    taps: the last is the DI of all its channels. Taps of several resolutions have teachers, and so components, of
+    several lengths: K is the longest."""
     curves = {}
     for g in groups.free:
         taps = [
@@ -65,5 +66,7 @@ def explained(observed: Observed, groups: Groups) -> dict[str, Array]:
             for m in [seen.pooled.select(np.arange(columns.start, columns.stop))]
         ]
         if taps:
-            curves[g.name] = np.cumsum(np.mean([values / energy for values, energy in taps], axis=0))
+            longest = max(len(values) for values, _ in taps)
+            rows = [np.pad(values / energy, (0, longest - len(values))) for values, energy in taps]
+            curves[g.name] = np.cumsum(np.mean(rows, axis=0))
     return curves
