@@ -23,7 +23,7 @@ from xedge.errors import UnsupportedGraph
 from xedge.export import write_flavour
 from xedge.onnx_graph import WEIGHTED, Graph
 from xedge.quantize import ScaleTable, WeightScale
-from xedge.ranges import groups_of, transposed
+from xedge.ranges import attributes, groups_of, transposed
 from xedge.rounding import channel_axis
 from xedge.target import Target
 
@@ -32,20 +32,23 @@ Positions = Mapping[str, Mapping[int, int]]
 
 FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Cast", "Shape", "Constant", "Transpose")
 """Operators that move nothing in the artefact, or that it does not have."""
+SHUFFLES = ("DepthToSpace", "SpaceToDepth")
+"""They read so many times as many channels as they write; what they write says it all."""
 RANGE = (-4.0, 4.0)
 """Of every activation of a unit: times do not depend on it."""
 
 
 @dataclass(frozen=True)
 class Width:
-    """How many channels a tensor has: `fixed`, and the positions of some axes of some layers' weights."""
+    """How many channels a tensor has: `fixed`, and the positions of some axes of some weights: (layer, axis, positions
+    now), which stay where `left` does not know the layer (a constant that no module holds)."""
 
-    axes: tuple[tuple[str, int], ...] = ()
+    axes: tuple[tuple[str, int, int], ...] = ()
     fixed: int = 0
 
     def at(self, left: Positions) -> int:
         """With the positions that are left."""
-        return self.fixed + sum(left[layer][axis] for layer, axis in self.axes)
+        return self.fixed + sum(left[layer][axis] if layer in left else now for layer, axis, now in self.axes)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Unit:
         kind: ``dense``, ``pointwise``, ``depthwise``, ``grouped``, ``linear``, or the operator's name.
         layer: whose weight it has, or "".
         inside, outside: channels read and written; equal, and one number, where the kernel is channel by channel.
-            Without axes where they do not follow a cut (splitting, shuffling pixels).
+            Without axes where they do not follow a cut (splitting).
         nodes: the ONNX nodes, the activation last.
         sizes: of its tensors with the original's channels; constants are not among them.
         constants: the values of the constants that it reads, weight and bias excepted.
@@ -84,7 +87,7 @@ class Unit:
     @property
     def layers(self) -> set[str]:
         """Those whose widths its time depends on."""
-        return {layer for layer, _ in (*self.inside.axes, *self.outside.axes)}
+        return {layer for layer, _, _ in (*self.inside.axes, *self.outside.axes)}
 
     def widths(self, left: Positions) -> tuple[int, int]:
         """(inside, outside) with the positions that are left."""
@@ -100,7 +103,7 @@ def units_of(proto: ModelProto, keep_float: str | None = None) -> list[Unit]:
         inputs = [n for n in node.input if n and not graph.is_constant(n)]
         if out in done or node.op_type in FREE or not inputs:
             continue
-        nodes = [node]
+        nodes = [_reordered(graph, node)]
         if node.op_type == "MatMul" and graph.is_constant(node.input[1]):
             nodes += _bias_of(graph, out)
         if graph.fused_activation(nodes[-1].output[0]):
@@ -110,6 +113,20 @@ def units_of(proto: ModelProto, keep_float: str | None = None) -> list[Unit]:
         stays = keep_float is not None and unit.layer and re.search(keep_float, unit.layer)
         found.append(replace(unit, key=f"float {unit.key}", real=True) if stays else unit)
     return found
+
+
+def _reordered(graph: Graph, node: NodeProto) -> NodeProto:
+    """A pixel shuffle behind a convolution in LiteRT's order of channels, for which its writer reorders that
+    convolution; by itself it would be reordered at a price. To other runtimes both are the same work."""
+    before = graph.producer.get(node.input[0])
+    if node.op_type != "DepthToSpace" or before is None or before.op_type != "Conv" or groups_of(before) > 1:
+        return node
+    if len(graph.consumers[node.input[0]]) > 1 or node.input[0] in graph.outputs:
+        return node
+    new = NodeProto()
+    new.CopyFrom(node)
+    _set(new, "mode", "DCR")
+    return new
 
 
 def _bias_of(graph: Graph, name: str) -> list[NodeProto]:
@@ -136,10 +153,10 @@ def _unit(graph: Graph, nodes: list[NodeProto]) -> Unit:
         if kind != "depthwise":
             axis = 1 if node.op_type != "ConvTranspose" else 0
             groups = groups_of(node) if node.op_type in ("Conv", "ConvTranspose") else 1
-            inside = Width(((layer, axis),)) if groups == 1 else _width(graph, node.input[0])
+            inside = _axis(graph, node, axis) if groups == 1 else _width(graph, node.input[0])
             if groups == 1 or node.op_type == "Conv":
-                outside = Width(((layer, 1 - axis),))
-    elif node.op_type != "Concat" and _regroups(graph, node):
+                outside = _axis(graph, node, 1 - axis)
+    elif node.op_type not in (*SHUFFLES, "Concat") and _regroups(graph, node):
         inside = outside = Width(fixed=graph.shapes[node.output[0]][1])  # it does not follow a cut; few and cheap
     return Unit(
         _key(graph, nodes, inputs, kept, kind), kind, layer, inside, outside, tuple(nodes), sizes, constants,
@@ -184,28 +201,53 @@ def _key(graph: Graph, nodes: list[NodeProto], inputs: list[str], kept: list[str
 _WEIGHTED_KINDS = ("dense", "pointwise", "depthwise", "grouped", "linear")
 
 
-def _width(graph: Graph, name: str, depth: int = 0) -> Width:
-    """The channels (axis 1) of a tensor: those that the layers before it write."""
+def _width(graph: Graph, name: str) -> Width:
+    """The channels (axis 1) of a tensor: those that the layers before it write. Behind what makes another number of
+    channels of them, a pixel shuffle or a split, those that a layer behind it reads; where there is none they stay."""
     shape = graph.shapes.get(name, ())
-    fixed = Width(fixed=shape[1] if len(shape) > 1 else 1)
-    node = graph.producer.get(name)
-    if node is None or depth > 1000:
-        return fixed
+    known = _written(graph, name, set()) or _read(graph, name, set())
+    return known or Width(fixed=shape[1] if len(shape) > 1 else 1)
+
+
+def _axis(graph: Graph, node: NodeProto, axis: int) -> Width:
+    """The positions of an axis of a node's weight, as torch has it."""
+    shape = graph.array(node.input[1]).shape
+    across = node.op_type in ("Gemm", "MatMul") and channel_axis(node) == 1
+    return Width(((node.input[1].removesuffix(".weight"), axis, int(shape[1 - axis if across else axis])),))
+
+
+def _written(graph: Graph, name: str, seen: set[str]) -> Width | None:
+    node, channels = graph.producer.get(name), graph.shapes.get(name, ())[1:2]
+    if node is None or name in seen:
+        return None
+    seen.add(name)
     if node.op_type in WEIGHTED and graph.is_constant(node.input[1]):
+        if _kind(graph, node) == "depthwise" and (before := _written(graph, node.input[0], seen)):
+            return before
         if node.op_type == "ConvTranspose" and groups_of(node) > 1:
-            return fixed
-        return Width(((node.input[1].removesuffix(".weight"), 0 if node.op_type != "ConvTranspose" else 1),))
+            return None
+        return _axis(graph, node, 0 if node.op_type != "ConvTranspose" else 1)
     inputs = [n for n in node.input if n and not graph.is_constant(n)]
-    if node.op_type == "Concat":
-        parts = [_width(graph, n, depth + 1) for n in inputs]
-        if not all(p.axes for p in parts):
-            return fixed
+    if node.op_type == "Concat" and attributes(node)["axis"] in (1, 1 - len(graph.shapes.get(name, ()))):
+        parts = [_width(graph, n) for n in inputs]
         return Width(tuple(a for p in parts for a in p.axes), sum(p.fixed for p in parts))
-    for n in inputs:
-        before = graph.shapes.get(n, ())
-        if len(before) > 1 and before[1] == fixed.fixed:
-            return _width(graph, n, depth + 1)
-    return fixed
+    alike = (n for n in inputs if channels and graph.shapes.get(n, ())[1:2] == channels)
+    return next(filter(None, (_written(graph, n, seen) for n in alike)), None)
+
+
+def _read(graph: Graph, name: str, seen: set[str]) -> Width | None:
+    shape = graph.shapes.get(name, ())
+    if name in seen or len(shape) != 4:
+        return None
+    seen.add(name)
+    readers = graph.consumers.get(name, [])
+    for node in readers:
+        if node.op_type in ("Conv", "ConvTranspose") and node.input[0] == name and graph.is_constant(node.input[1]):
+            kind = _kind(graph, node)
+            if kind == "depthwise" or groups_of(node) == 1:
+                return _axis(graph, node, 0 if kind == "depthwise" or node.op_type == "ConvTranspose" else 1)
+    alike = (n.output[0] for n in readers if graph.shapes.get(n.output[0], ())[:2] == shape[:2])
+    return next(filter(None, (_read(graph, n, seen) for n in alike)), None)
 
 
 # -- a unit by itself ------------------------------------------------------------------------------------------------
@@ -262,7 +304,7 @@ def _weight_shape(unit: Unit, node: NodeProto, inside: int, outside: int) -> tup
     return (outside, max(1, inside // groups), *kernel)
 
 
-def _set(node: NodeProto, name: str, value: int) -> None:
+def _set(node: NodeProto, name: str, value: int | str) -> None:
     kept = [a for a in node.attribute if a.name != name]
     del node.attribute[:]
     node.attribute.extend([*kept, helper.make_attribute(name, value)])
