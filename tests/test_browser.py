@@ -25,20 +25,32 @@ import numpy as np
 import onnx
 import pytest
 from chromium import SLOW, Aside, chromium, link, needs, new_page, opened
+from markupsafe import escape
 from onnx import TensorProto, helper
 from small_run import run_folder
 from test_agent import convolution, network
 
+from xedge import bench
 from xedge.agree import check_outputs, outputs_on, signal_over_difference
 from xedge.benchmarks import vendor_browser
-from xedge.device import Device, at_hand, describe, look
+from xedge.device import Device, at_hand, describe, look, open_device
 from xedge.errors import DeviceError, UnsupportedGraph, UsageError
+from xedge.load import load_target
 from xedge.measure import Protocol, compare, measure
-from xedge.measurement import gate, to_text
+from xedge.measurement import (
+    BENCH,
+    Comparison,
+    append_measurement,
+    gate,
+    read_measurements,
+    to_text,
+)
+from xedge.progress import Talk
 from xedge.targets import tflite
 from xedge.transports import browser
 from xedge.transports.browser import Browser, Place, certificate, invitation, page_path, parse
 from xedge.transports.browser_server import policy
+from xedge.units import unit_artefact, units_of
 
 FAST = Protocol("test", "", 1, 20, 0.0, 0.0, 5.0, 0, 0.0)
 HERE = Place("127.0.0.1", 0, False, "wasm")
@@ -75,7 +87,7 @@ def test_a_tflite_over_https_gives_native_outputs_and_times_and_asks_nobody_else
 ) -> None:
     with opened(window, secure=True) as here:
         phone = device(here.transport)
-        assert "bit for bit" in check_outputs(phone, tflite_file)
+        assert "bit for bit" in str(check_outputs(phone, tflite_file))
         timed = measure(phone, tflite_file, None, replace(FAST, processes=3))
         here.page.wait_for_timeout(100)  # lets the events in
         blocked = here.page.evaluate("fetch('https://192.0.2.1/').then(() => 'sent', error => String(error))")
@@ -101,7 +113,7 @@ def test_a_tflite_over_https_gives_native_outputs_and_times_and_asks_nobody_else
 def test_an_onnx_file_on_one_thread_and_two(window: Any, onnx_file: Path) -> None:
     with opened(window) as here:
         phone = device(here.transport)
-        assert re.search(r"bit for bit|agree .* to \d{2,3} dB", check_outputs(phone, onnx_file))
+        assert re.search(r"bit for bit|agree .* to \d{2,3} dB", str(check_outputs(phone, onnx_file)))
         for threads in (1, 2):
             process = measure(phone, onnx_file, None, FAST, threads=threads).processes[0]
             assert process.before["threads"] == threads
@@ -151,11 +163,62 @@ def test_webgpu_computes_what_this_host_does(window: Any, tflite_file: Path, onn
             pytest.skip("needs a Chromium with SwiftShader's WebGPU: apt-get install chromium")
         phone = device(here.transport)
         for model in (tflite_file, onnx_file):
-            assert re.search(r"bit for bit|agree .* to (\d{3}|[6-9]\d) dB", check_outputs(phone, model))
+            assert re.search(r"bit for bit|agree .* to (\d{3}|[6-9]\d) dB", str(check_outputs(phone, model)))
         process = measure(phone, tflite_file, None, FAST).processes[0]
     assert process.before["backend"] == "browser webgpu"
     assert process.before["invoke"] == "upload, run, read back"
     assert process.before["adapter"]["vendor"]
+
+
+@live
+def test_how_far_its_outputs_are_is_kept_and_reported(window: Any, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    with opened(window) as here:
+        model, other = run / "targets/host-cpu/model.onnx", run / "original.onnx"
+        record = bench._timed(device(here.transport), model, other, FAST, 1, Talk(quiet=True))
+    append_measurement(run / BENCH, record)
+    (kept,) = read_measurements(run / BENCH)
+    assert isinstance(kept, Comparison)
+    assert kept == record
+    for side in (kept.a, kept.b):
+        assert side.agreement is not None
+        assert (side.agreement.inputs, side.agreement.unit) == (4, "range")
+        assert 0 <= side.agreement.largest < 1e-4
+    row = bench.refresh(run).row("compressed", "host-cpu")
+    assert row is not None
+    assert row.latency is not None
+    assert row.latency.agreement == kept.b.agreement
+    assert str(escape(kept.b.agreement)) in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("kind", "by"), [("range", 1e-3), ("steps", 2)])
+def test_differences_are_counted_in_steps_of_integers_and_parts_of_a_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, by: float
+) -> None:
+    from xedge.benchmarks import agent
+
+    model = convolution(tmp_path / "conv.onnx")
+    if kind == "steps":
+        (unit,), model = units_of(onnx.load(model)), tmp_path / "conv.tflite"
+        model.write_bytes(unit_artefact(unit, 3, 4, load_target("android")))
+
+    def moved(_: Device, path: Path, runtime: str, batch: np.ndarray) -> np.ndarray:
+        right = agent.outputs(agent.load(str(path), runtime, 1), batch)
+        right.flat[right.argmax()] -= right.dtype.type(by)
+        return right
+
+    with open_device("local") as here:
+        monkeypatch.setattr("xedge.agree.outputs_on", moved)
+        found = check_outputs(here, model)
+    assert found is not None
+    assert (found.inputs, found.unit) == (4, kind)
+    assert found.snr_db is not None
+    if kind == "steps":
+        assert found.largest == by
+        assert "at most 2 steps apart, for 4 inputs" in str(found)
+    else:
+        assert 1e-5 < found.largest < by
+        assert " of their range apart, for 4 inputs" in str(found)
 
 
 @live

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +12,16 @@ from numpy.typing import NDArray
 from xedge.device import Device
 from xedge.errors import DeviceError, UnsupportedGraph
 from xedge.measure import agent_lines, agent_path, runtime_for
+from xedge.measurement import Agreement
 
 LEAST_DB = 26.0
 """Signal over difference: a twentieth of the signal. Kernels that round differently lie far above, wrong ones below."""
 
 
-def check_outputs(device: Device, model: Path, count: int = 4, seed: int = 0) -> str:
-    """How the device's outputs for `count` seeded inputs compare with those of this host's runtime, in words.
+def check_outputs(device: Device, model: Path, count: int = 4, seed: int = 0) -> Agreement | None:
+    """How the device's outputs for `count` seeded inputs compare with those of this host's runtime.
+
+    None for a model of several inputs, which is not compared.
 
     Raises:
         UnsupportedGraph: they differ by more than rounding, or either runtime refuses the model.
@@ -29,7 +33,7 @@ def check_outputs(device: Device, model: Path, count: int = 4, seed: int = 0) ->
     try:
         native = agent.load(str(model), runtime, 1)
         if len(native.inputs) != 1:
-            return "outputs not compared: it has several inputs"
+            return None
         _, shape, dtype = native.inputs[0]
         batch = agent.made_input((count * shape[0], *shape[1:]), dtype, np.random.default_rng(seed))
         expected = agent.outputs(native, batch)
@@ -39,14 +43,16 @@ def check_outputs(device: Device, model: Path, count: int = 4, seed: int = 0) ->
     if found.shape != expected.shape or found.dtype != expected.dtype:
         what = f"gives {list(found.shape)} {found.dtype}, this host {list(expected.shape)} {expected.dtype}"
         raise UnsupportedGraph(what, where=where)
+    unit: Literal["steps", "range"] = "steps" if np.issubdtype(expected.dtype, np.integer) else "range"
     if np.array_equal(found, expected):
-        return f"outputs equal this host's, bit for bit, for {count} inputs"
+        return Agreement(count, 0.0, unit, None)
     decibels = signal_over_difference(expected, found)
     if not decibels >= LEAST_DB:
         raise UnsupportedGraph(
             f"computes something else than this host: {decibels:.0f} dB", where=where, fix="try the other runtime"
         )
-    return f"outputs agree with this host's to {decibels:.0f} dB for {count} inputs"
+    apart = float(np.abs(found.astype(np.float64) - expected).max())
+    return Agreement(count, apart if unit == "steps" else apart / float(np.ptp(expected)), unit, decibels)
 
 
 def outputs_on(device: Device, model: Path, runtime: str, batch: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -59,6 +59,7 @@ def assemble(
     before, after = macs(original, shape), macs(result.model, shape)
     latencies = {} if timed is None else {t: from_json(v) for t, v in read_json(timed).items()}
     rows: list[Row] = []
+    packed: dict[Path, dict[str, int]] = {}
     notes = [*data.notes]
     for target in loaded.targets:
         comparison = latencies.get(target.name)
@@ -67,7 +68,7 @@ def assemble(
             ("original", base, before.total, parameters(original), originals[target.suffix]),
             ("compressed", got, after.total, parameters(result.model), models[target.name]),
         ):
-            size = sizes(path)
+            size = packed[path] = packed.get(path) or sizes(path)  # Brotli takes seconds a megabyte
             compressed = name == "compressed"
             rows.append(
                 Row(
@@ -190,6 +191,7 @@ def latency_of(comparison: Any, compressed: bool) -> Latency | None:
         processes=len(m.processes),
         # An unstable comparison claims no speed-up.
         ratio=(ratio.median, ratio.lower, ratio.upper) if compressed and comparison.verdict == "ok" else None,
+        agreement=m.agreement,
     )
 
 

@@ -11,7 +11,7 @@ from xedge.device import Device, open_device
 from xedge.errors import UsageError
 from xedge.load import load_target
 from xedge.measure import Protocol, compare, measure, preset, runtime_for
-from xedge.measurement import BENCH, Comparison, Measurement, append_measurement, read_measurements, trust
+from xedge.measurement import BENCH, Agreement, Comparison, Measurement, append_measurement, read_measurements, trust
 from xedge.progress import Talk
 from xedge.report import Report, Sized, read_json, write_html, write_json
 from xedge.run import digest_file
@@ -121,9 +121,11 @@ def bench_at(
 def _timed(
     device: Device, model: Path, other: Path | None, protocol: Protocol, threads: int, talk: Talk
 ) -> Measurement | Comparison:
-    if device.kind == "browser":
+    agreed: dict[Path, Agreement | None] = {}
+    if device.kind == "browser":  # whose kernels are other ones
         for file in (model, *filter(None, [other])):
-            talk.say(f"{file.name}: {check_outputs(device, file)}")
+            agreed[file] = check_outputs(device, file)
+            talk.say(f"{file.name}: {agreed[file] or 'outputs not compared: it has several inputs'}")
     what = "processes" if other is None else "pairs of processes"
     talk.say(f"timing {model.name} on {device.name}: {protocol.processes} {what}")
 
@@ -131,8 +133,11 @@ def _timed(
         talk.say(f"  {done + 1} of {total}, {doing}")
 
     if other is None:
-        return measure(device, model, None, protocol, progress, threads=threads)
-    return compare(device, other, model, protocol, progress, threads=threads)
+        alone = measure(device, model, None, protocol, progress, threads=threads)
+        return replace(alone, agreement=agreed.get(model))
+    both = compare(device, other, model, protocol, progress, threads=threads)
+    a, b = (replace(m, agreement=agreed.get(file)) for m, file in ((both.a, other), (both.b, model)))
+    return replace(both, a=a, b=b)
 
 
 def runs_there(artifacts: Sequence[Artifact], device: Device, run: Path) -> list[Artifact]:

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,32 @@ class Process:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How far a device's outputs are from those of this host's runtime (`xedge.agree`).
+
+    Attributes:
+        inputs: seeded ones, on which both ran.
+        largest: difference of any output: in steps of an integer output, else as a part of the range of this host's.
+        unit: which of the two.
+        snr_db: signal over difference; None where every bit is the same.
+    """
+
+    inputs: int
+    largest: float
+    unit: Literal["steps", "range"]
+    snr_db: float | None
+
+    def __str__(self) -> str:
+        if self.snr_db is None:
+            return f"outputs equal this host's, bit for bit, for {self.inputs} inputs"
+        steps = f"{self.largest:.0f} step{'s' if self.largest > 1 else ''}"
+        apart = steps if self.unit == "steps" else f"{self.largest:.1g} of their range"
+        return (
+            f"outputs agree with this host's to {self.snr_db:.0f} dB, at most {apart} apart, for {self.inputs} inputs"
+        )
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One model on one device over independent processes.
 
@@ -83,6 +109,7 @@ class Measurement:
         replaced: those run again because of a fault; kept, never counted.
         verdict, reason: see Verdict.
         created: UTC, ISO 8601.
+        agreement: of the outputs there with this host's, where they were compared: in browsers.
     """
 
     model: str
@@ -97,6 +124,7 @@ class Measurement:
     verdict: Verdict
     reason: str
     created: str
+    agreement: Agreement | None = None
 
     @property
     def runtime_version(self) -> str:
@@ -226,7 +254,8 @@ def _process(value: Mapping[str, Any]) -> Process:
 
 def _measurement(value: Mapping[str, Any]) -> Measurement:
     processes = {key: tuple(_process(p) for p in value[key]) for key in ("processes", "replaced")}
-    return Measurement(**{**_without(value), **processes})
+    agreed = value.get("agreement")
+    return Measurement(**{**_without(value), **processes, "agreement": agreed and Agreement(**agreed)})
 
 
 def _without(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +272,8 @@ def to_json(record: Measurement | Comparison) -> dict[str, Any]:
     plain = {"record": type(record).__name__, **_fields(record)}
     if isinstance(record, Comparison):
         return {**plain, "a": to_json(record.a), "b": to_json(record.b)}
-    return {**plain, **{key: [_fields(p) for p in plain[key]] for key in ("processes", "replaced")}}
+    processes = {key: [_fields(p) for p in plain[key]] for key in ("processes", "replaced")}
+    return {**plain, **processes, "agreement": record.agreement and asdict(record.agreement)}
 
 
 def from_json(value: Mapping[str, Any]) -> Measurement | Comparison:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from xedge import report_words as words
 from xedge.errors import InternalError, UsageError
+from xedge.measurement import Agreement
 from xedge.target import Artifact
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Latency:
         processes: how many independent processes the interval rests on.
         ratio: (estimate, lower, upper) of original / compressed from interleaved runs; over 1 is faster. None for
             the original's row and where the two were not interleaved: no speed-up is claimed then.
+        agreement: of the outputs there with this host's, where they were compared.
     """
 
     median_ms: float
@@ -53,6 +55,7 @@ class Latency:
     device_kind: str
     processes: int
     ratio: tuple[float, float, float] | None = None
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ def timed_on(latency: Latency | None) -> str:
     """On which device, with what, how often."""
     if latency is None:
         return ""
-    return f"timed on {place(latency)}, {latency.runtime}, {latency.processes} processes, batch 1"
+    agreed = f"; {latency.agreement}" if latency.agreement else ""
+    return f"timed on {place(latency)}, {latency.runtime}, {latency.processes} processes, batch 1{agreed}"
 
 
 # --------------------------------------------------------------------------------------------------- the answers
