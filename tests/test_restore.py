@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -136,6 +136,30 @@ def test_training_goes_on_after_a_kill_as_if_nothing_had_been(picture_weights: P
     judge = Judge.of(data)
     (before, truth), (after, _) = predict(fresh(), data.train), predict(whole, data.train)
     assert judge.quality(after, truth, after) > judge.quality(before, truth, before)
+
+
+def test_training_after_a_cut_leaves_the_batch_norms_statistics(
+    picture_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(model: torch.nn.Module, *given: Any, **named: Any) -> torch.nn.Module:
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        made = fit(model, *given, **named)
+        seen.append((state, made.state_dict()))
+        return made
+
+    monkeypatch.setattr("xedge.iterate.fit", watched)
+    request = Request(
+        model=tiny_pictures.NET, weights=str(picture_weights), data=tiny_pictures.DATA, targets=("host-cpu",), macs=0.7,
+        epochs=1, iterations=1, batch=16,
+    )  # fmt: skip
+    pipeline.compress(request, tmp_path / "run", Talk(quiet=True), bench=False)
+    ((before, after),) = seen
+    running = [k for k in before if "running" in k]
+    assert running
+    assert all(torch.equal(before[k], after[k]) for k in running)
+    assert not torch.equal(before["norm.weight"], after["norm.weight"])
 
 
 # -- sub-pixel layers ------------------------------------------------------------------------------------------------

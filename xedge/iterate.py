@@ -174,7 +174,7 @@ def ps_iteration(
             recipe = Recipe(
                 epochs=settings.epochs, lr=settings.lr, batch=settings.batch, seed=settings.seed + index,
                 smoothing=settings.smoothing, distill=settings.distill if judge.taught else 1.0,
-                frozen_norms=not judge.taught,
+                frozen_norms=judge.restores or not judge.taught,
             )  # fmt: skip
             checkpoint = run.folder / "prune" / f".{index:03d}.checkpoint.safetensors"
             untrained = copy.deepcopy(small)
