@@ -155,7 +155,7 @@ def judged(run: Callable[[Tensor], Tensor], data: Data) -> tuple[float, float]:
 def half(model: nn.Module, which: int, data: Data, path: Path, seed: int = 0) -> nn.Module:
     """Train for half of the steps, once."""
     if not path.exists():
-        frozen = which == 1 and data.scale is not None  # as `xedge compress` fine-tunes; DnCNN is not yet so far
+        frozen = which == 1 and data.scale == 2  # as `xedge compress` fine-tunes; DnCNN is not yet so far
         recipe = Recipe(epochs=EPOCHS, lr=RATES[which], batch=BATCH, frozen_norms=frozen, seed=seed + which)
         checkpoint = path.with_suffix(".checkpoint")
         fit(model, data, recipe, checkpoint=checkpoint)
