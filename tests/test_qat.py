@@ -121,7 +121,7 @@ def test_a_run(xedge: Xedge, weights: Path, tmp_path: Path) -> None:
     ended = xedge(*words)
     assert ended.code == 0, ended.err
     assert "training in integers: epoch 2 of 2" in ended.err
-    before, after = (ScaleTable.load(tmp_path / f"run/{n}.safetensors") for n in ("rounded", "scales"))
+    before, after = (ScaleTable.load(tmp_path / f"run/{n}.safetensors") for n in ("rounded", "tuned"))
     assert before.bits_of() == after.bits_of()
     assert any(not np.array_equal(before.weights[n].scale, w.scale) for n, w in after.weights.items())
     verified = json.loads((tmp_path / "run/verify.json").read_text())

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from torch import nn
 
 from xedge import __version__
 from xedge.choose import RANKED
 from xedge.data import at_once, batches, enough
 from xedge.dca import explained
+from xedge.gather import PACKED, indices
 from xedge.groups import Groups
 from xedge.iterate import Result, information
 from xedge.judge import Judge
@@ -298,10 +298,12 @@ def _executed_mean(path: Path, table: ScaleTable) -> float | None:
 
 
 def _stored(path: Path, table: ScaleTable) -> list[NDArray[Any]]:
-    """The integer weights of an artefact as it lies, one array a layer; empty where they are float."""
+    """The integer weights of an artefact as it lies, or their indices into codebooks, one array a layer; empty where
+    they are float."""
     if path.suffix == ".onnx":
-        names = {f"{name}_q" for name in table.weights}
-        return [numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.name in names]
+        graph = Graph(onnx.load(path))
+        plain = [graph.array(f"{name}_q") for name in table.weights if graph.is_constant(f"{name}_q")]
+        return [*plain, *(indices(graph, name) for name in table.weights if graph.is_constant(f"{name}{PACKED}"))]
     return [values for values in _tflite_weights(path) if values.dtype == np.int8]
 
 

@@ -189,6 +189,7 @@ def _weight_name(graph: Graph, name: str) -> str:
 
 
 def _onnx_layer(graph: Graph, node: NodeProto, flavour: Flavour) -> Layer:
+    from xedge.gather import BOOK
     from xedge.onnx_graph import MOVES
 
     source, weight = node.input[0], node.input[1]
@@ -210,7 +211,7 @@ def _onnx_layer(graph: Graph, node: NodeProto, flavour: Flavour) -> Layer:
     w = _stored(graph, weight, through=("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze"))
     asked, why = _asked(graph, node, flavour, x, w)
     integer = is_integer(asked)
-    base = initializer.removesuffix("_quantized").removesuffix("_q")
+    base = initializer.removesuffix("_quantized").removesuffix("_q").removesuffix(BOOK)
     named = base.removesuffix(".weight") if base.endswith(".weight") else ""
     outs = _written(graph, node)
     return Layer(

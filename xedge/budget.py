@@ -25,7 +25,7 @@ from xedge.export import write_flavour
 from xedge.judge import Judge
 from xedge.pack import pack
 from xedge.quantize import ScaleTable, quantize
-from xedge.ranges import calibrate, for_pictures, last_layers, patch_moments
+from xedge.ranges import Calibration, calibrate, for_pictures, last_layers, patch_moments
 from xedge.rounding import choose_ridges, layers_of
 from xedge.sensitivity import Sample, distortions
 from xedge.train import predict
@@ -44,6 +44,16 @@ STEP = 0.125
 """Mean bits between two neighbouring trials of a bisection."""
 
 
+def calibrated(loaded: Loaded, proto: ModelProto) -> Calibration:
+    """What the training images show of a float graph, with the ridges that held-back ones choose."""
+    calibration = calibrate(proto, lambda: (x for x, _ in samples(loaded)))
+    if loaded.data.restores:
+        calibration = for_pictures(proto, calibration)
+    if loaded.request.feedback:
+        calibration = choose_ridges(proto, calibration, patch_moments(proto, (x for x, _ in held(loaded))))
+    return calibration
+
+
 def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk) -> ScaleTable:
     """Quantise under the request's budget.
 
@@ -57,11 +67,7 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
         AccuracyMissed: 8 bits, or --bits, already cost more than --bits-drop.
     """
     request = loaded.request
-    calibration = calibrate(proto, lambda: (x for x, _ in samples(loaded)))
-    if loaded.data.restores:
-        calibration = for_pictures(proto, calibration)
-    if request.feedback:
-        calibration = choose_ridges(proto, calibration, patch_moments(proto, (x for x, _ in held(loaded))))
+    calibration = calibrated(loaded, proto)
     tables = None
     if request.bits < 8 or request.codebook or request.bytes is not None or request.bits_drop is not None:
         talk.say(f"  sensitivity: {request.sensitivity}")

@@ -221,7 +221,8 @@ def without(table: ScaleTable, proto: ModelProto, layers: Sequence[str]) -> Scal
     graph = Graph(proto)
     weights = {name: w for name, w in table.weights.items() if w.layer not in layers}
     written = {graph.written(n) for n in graph.weighted() if n.input[1] in table.weights and n.input[1] not in weights}
-    return ScaleTable(weights, {name: r for name, r in table.activations.items() if name not in written})
+    activations = {name: r for name, r in table.activations.items() if name not in written}
+    return replace(table, weights=weights, activations=activations)
 
 
 # -- decision --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Codebook quantisation: a layer's weights share 2^b values of any spacing, b by the same allocation as channels' bits.
 
-The values are int8 in steps of each channel's scale, w_oj ~ s_o c[k_oj], so that a codebook is decoded where the
-artefact is written: every runtime runs it as int8, and an entropy coder, which sees 2^b symbols, stores no more than b
-bits a weight. (Han et al., Deep Compression, ICLR 2016, store indices and decode when loading.)
+The values are int8 in steps of each channel's scale, w_oj ~ s_o c[k_oj], so that every runtime runs it as int8. ONNX
+Runtime decodes it when loading (`xedge.gather`; as Han et al., Deep Compression, ICLR 2016, do). For the others it is
+decoded where the artefact is written; an entropy coder sees 2^b symbols and stores no more than b bits a weight.
 
 1. Values: k-means in one dimension over w / s, each weight counted by what an error of it costs: s_o^2 S_jj times the
    channel's sensitivity.
@@ -84,7 +84,7 @@ def quantize_by_codebook(
         chosen = improve(layer, options[name][int(b - LEVELS[0])], felt[name], feedback=feedback)
         wide = np.full(len(layer.rows), b)
         weights[name] = weight_scale(graph, name, layer, wide, chosen.integers, chosen.scale, correct=correct)
-    return ScaleTable(weights, ranges)
+    return ScaleTable(weights, ranges, codebooks=True)
 
 
 def sensitivity(layer: Layer, table: Array, *, feedback: bool = True) -> Array:

@@ -133,8 +133,6 @@ class _Patient:
         self.folder, self.loaded, self.target, self.artefact, self.talk = folder, loaded, target, artefact, talk
         self.data = loaded.data
         self.small = rebuild(folder)
-        if (folder / "equalized.safetensors").is_file():
-            self.small.load_state_dict(load_file(folder / "equalized.safetensors"))
         self.floats = onnx.load(folder / "float.onnx")
         self.table = ScaleTable.load(folder / "scales.safetensors")
         self.judge = Quantized(self.small, self.floats, self.table, target.flavour, self.data.shape)

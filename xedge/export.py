@@ -21,6 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from xedge import gather
 from xedge.errors import InternalError, UnsupportedGraph
 from xedge.onnx_graph import WEIGHTED, Graph, drop_unused
 from xedge.quantize import ScaleTable, asymmetric, symmetric
@@ -77,7 +78,8 @@ def integer_bias(
 
 
 def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) -> ModelProto:
-    """The float graph with Q/DQ in a flavour's places, weights as int8; for ``float`` the graph as it is.
+    """The float graph with Q/DQ in a flavour's places, weights as int8; for ``float`` the graph as it is. ONNX Runtime
+    gets codebooks as such, all others get them decoded.
 
     Raises:
         InternalError: the table does not belong to this graph.
@@ -118,10 +120,17 @@ def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) 
         if node.op_type in WEIGHTED and node.input[1] in table.weights:
             w = table.weights[node.input[1]]
             name = node.input[1]
-            if f"{name}_q" not in {t.name for t in new}:
+            if f"{name}_scale" not in {t.name for t in new}:
                 s = constant(f"{name}_scale", w.scale)
                 z = constant(f"{name}_zero_point", np.zeros(len(w.scale), np.int8))
-                v = constant(f"{name}_q", w.values)
+                bits = gather.width(w.values) if table.codebooks and flavour == "onnxruntime" else None
+                if bits is None:
+                    v = constant(f"{name}_q", w.values)
+                else:
+                    v = f"{name}_q"
+                    tensors, decoding = gather.decoding(name, w.values, bits)
+                    new.extend(tensors)
+                    before.extend(decoding)
                 before.append(
                     helper.make_node("DequantizeLinear", [v, s, z], [f"{name}_dq"], name=f"{name}_DQ", axis=w.axis)
                 )

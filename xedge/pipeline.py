@@ -4,6 +4,7 @@
 2 groups       which channels must go together                               -> groups.json
 3-6 prune      observe, plan, cut, train, again (PS-iteration)               -> prune/NNN.json, prune/NNN.safetensors
 7 quantise     bits, scales, integers                                        -> scales.safetensors, plan.json
+  rework       channels without bits go, the others by their bits            -> model.safetensors, float.onnx
 8 export       one flavour of ONNX a target, compiled and verified           -> targets/NAME/, verify.json
   report       what changed, measured                                        -> report.json, report.html
 """
@@ -38,14 +39,15 @@ from xedge.judge import Judge
 from xedge.load import load_target
 from xedge.meter import MacsMeter, Meter, latency_meter
 from xedge.metrics import macs, topk
-from xedge.onnx_graph import export_float
-from xedge.plan import Plan
+from xedge.order import Orders
+from xedge.plan import Keep, Plan
 from xedge.progress import Talk
 from xedge.prune import apply_spec, cut_spec
 from xedge.qat import tune
 from xedge.quantize import ScaleTable
 from xedge.report import Crop
 from xedge.request import Loaded, Request, default_folder, load_everything
+from xedge.rework import Rounded, export, in_order, save, without_silent, words
 from xedge.run import Run, read_json
 from xedge.sizes import shipped
 from xedge.subpixel import rewrite_subpixels
@@ -106,36 +108,50 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
             _meter(run, loaded, original, weights, groups, groups_file, talk), talk,
         )  # fmt: skip
         talk.say(f"  stopped by {result.stopped_by}: {result.reason}")
+        pruned = result.model
         model_file = run.step(
-            "model.safetensors",
-            {"weights": weights, "kept": _kept(result), "chosen": result.chosen},
-            lambda p: save_file({k: v.contiguous() for k, v in result.model.state_dict().items()}, p),
+            "pruned.safetensors",
+            {"weights": weights, "kept": _kept(result.keep), "chosen": result.chosen},
+            lambda p: save(pruned, p),
         )
 
         talk.say(f"7/8 quantising to {request.bits_in_words()}")
-        ready = result.model
+        wide = pruned
         if request.equalize:
             model_file = run.step(
-                "equalized.safetensors", {"model": model_file}, lambda p: _equalized(ready, loaded, p)
+                "equalized.safetensors", {"model": model_file}, lambda p: _equalized(pruned, loaded, p)
             )
-            ready = copy.deepcopy(result.model)
-            ready.load_state_dict(load_file(model_file))
-        floats = run.step("float.onnx", {"model": model_file}, lambda p: _export(ready, loaded, p))
-        plain = run.step("original.onnx", {"model": weights}, lambda p: _export(original, loaded, p))
+            wide = copy.deepcopy(pruned)
+            wide.load_state_dict(load_file(model_file))
+        floats = run.step("pruned.onnx", {"model": model_file}, lambda p: export(wide, loaded, p))
+        plain = run.step("original.onnx", {"model": weights}, lambda p: export(original, loaded, p))
         scales = run.step(
-            "rounded.safetensors" if request.qat else "scales.safetensors",
+            "rounded.safetensors",
             {"float": floats, "quantise": request.quantisation(), "seed": request.seed, "data": data.name},
-            lambda p: choose_bits(loaded, ready, onnx.load(floats), talk).save(p),
+            lambda p: choose_bits(loaded, wide, onnx.load(floats), talk).save(p),
         )
+        first = Rounded(wide, result.keep, model_file, floats, scales)
+        last = without_silent(run, loaded, first, result.groups, talk)
         if request.qat:
-            start = ScaleTable.load(scales)
             scales = run.step(
-                "scales.safetensors",
-                {"rounded": scales, "float": floats, "epochs": request.qat, "lr": loaded.lr, "batch": loaded.batch},
-                lambda p: _tuned(loaded, ready, onnx.load(floats), start, run, talk).save(p),
-            )
+                "tuned.safetensors",
+                {
+                    "rounded": last.scales, "float": last.floats, "epochs": request.qat, "lr": loaded.lr,
+                    "batch": loaded.batch,
+                },
+                lambda p: _tuned(loaded, last, run, talk).save(p),
+            )  # fmt: skip
+            last = replace(last, scales=scales)
+        last = in_order(run, loaded, last, result.groups)
+        ready, floats, scales, model_file = last.model, last.floats, last.scales, last.weights
         table = ScaleTable.load(scales)
-        plan = run.step("plan.json", {"scales": scales, "kept": _kept(result)}, lambda p: _write_plan(result, table, p))
+        soft = words(ScaleTable.load(first.scales), table, result.keep, last.keep, loaded.settings.align)
+        result = replace(result, model=ready, keep=last.keep)
+        plan = run.step(
+            "plan.json",
+            {"scales": scales, "model": model_file, "kept": _kept(last.keep)},
+            lambda p: _write_plan(result, last.orders, table, p),
+        )
 
         talk.say("8/8 writing and verifying the artefacts")
         forms, choices = {}, []
@@ -172,7 +188,7 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         )
         with safe_open(weights, "pt") as opened:
             note = (opened.metadata() or {}).get("note")
-        extra = [*precision_notes(run.folder, choices), *([note] if note else [])]
+        extra = [*soft, *precision_notes(run.folder, choices), *([note] if note else [])]
         report = replace(report, notes=(*report.notes, *extra))
         if data.pictures:
             report = replace(
@@ -208,7 +224,7 @@ def _meter(
     request, latency = loaded.request, loaded.settings.budget.latency
     if latency is None or request.device is None:
         return _macs_meter(loaded, original)
-    plain = run.step("original.onnx", {"model": weights}, lambda p: _export(original, loaded, p))
+    plain = run.step("original.onnx", {"model": weights}, lambda p: export(original, loaded, p))
     return latency_meter(
         run, request.device, loaded.timed, original, loaded.data.shape, plain, groups,
         {"graph": plain, "groups": groups_file}, latency, request.keep_float, talk,
@@ -305,32 +321,27 @@ def _groups(original: nn.Module, loaded: Loaded, path: Path) -> None:
     path.write_text(json.dumps(groups.to_json()) + "\n")
 
 
-def _export(model: nn.Module, loaded: Loaded, path: Path) -> None:
-    onnx.save(export_float(model, loaded.data.shape, min(t.opset for t in loaded.targets)), path)
-
-
 def _equalized(model: nn.Module, loaded: Loaded, path: Path) -> None:
     equal = copy.deepcopy(model)
     equalize(equal, (torch.from_numpy(x) for x, _ in samples(loaded)), loaded.data.shape)
     save_file({k: v.contiguous() for k, v in equal.state_dict().items()}, path)
 
 
-def _tuned(
-    loaded: Loaded, model: nn.Module, proto: onnx.ModelProto, table: ScaleTable, run: Run, talk: Talk
-) -> ScaleTable:
+def _tuned(loaded: Loaded, at: Rounded, run: Run, talk: Talk) -> ScaleTable:
     checkpoint = run.folder / ".qat.checkpoint.safetensors"
-    tuned = tune(loaded, model, proto, table, checkpoint, talk)
+    tuned = tune(loaded, at.model, onnx.load(at.floats), ScaleTable.load(at.scales), checkpoint, talk)
     checkpoint.unlink(missing_ok=True)
     return tuned
 
 
-def _kept(result: Result) -> dict[str, list[int]]:
-    return {name: np.flatnonzero(mask).tolist() for name, mask in result.keep.items()}
+def _kept(keep: Keep) -> dict[str, list[int]]:
+    return {name: np.flatnonzero(mask).tolist() for name, mask in keep.items()}
 
 
-def _write_plan(result: Result, table: ScaleTable, path: Path) -> None:
+def _write_plan(result: Result, orders: Orders, table: ScaleTable, path: Path) -> None:
+    kept = _kept(result.keep)
     plan = Plan(
-        keep=_kept(result),
+        keep={**kept, **{name: np.array(kept[name])[order].tolist() for name, order in orders.items()}},
         sizes={g.name: g.size for g in result.groups.groups},
         spec=cut_spec(result.groups, result.keep),
         bits=table.bits_of(),

@@ -43,7 +43,7 @@ class Plan:
     """Which channels stay and how many bits each gets: names and numbers only, JSON on disk.
 
     Attributes:
-        keep: group -> indices of the kept channels, over the original's channels.
+        keep: group -> indices of the kept channels, over the original's channels, as they lie in the compressed model.
         sizes: group -> the original's number of channels.
         spec: how to cut the architecture by itself (see `xedge.prune.apply_spec`).
         bits: layer -> bits of each output channel of the pruned layer.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
@@ -156,7 +156,8 @@ def chosen(
 def partly(table: ScaleTable, choice: Mapping[str, Any]) -> ScaleTable:
     """The plan's table with what `choose_floats` found left float."""
     weights = {name: w for name, w in table.weights.items() if w.layer not in choice["layers"]}
-    return ScaleTable(weights, {n: r for n, r in table.activations.items() if n not in choice["tensors"]})
+    activations = {n: r for n, r in table.activations.items() if n not in choice["tensors"]}
+    return replace(table, weights=weights, activations=activations)
 
 
 def words(choice: Mapping[str, Any]) -> list[str]:

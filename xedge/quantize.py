@@ -59,10 +59,12 @@ class ScaleTable:
     Attributes:
         weights: initializer name -> its grid.
         activations: tensor name -> (low, high), zero included.
+        codebooks: whether the weights of a layer share few integers, which may be stored as such.
     """
 
     weights: dict[str, WeightScale]
     activations: dict[str, tuple[float, float]]
+    codebooks: bool = False
 
     def mean_bits(self) -> float:
         """Planned bits a weight."""
@@ -81,7 +83,7 @@ class ScaleTable:
         from safetensors.numpy import save_file
 
         tensors: dict[str, NDArray[Any]] = {}
-        meta: dict[str, Any] = {"activations": self.activations, "weights": {}}
+        meta: dict[str, Any] = {"activations": self.activations, "weights": {}, "codebooks": self.codebooks}
         for name, w in self.weights.items():
             meta["weights"][name] = {"layer": w.layer, "axis": w.axis}
             tensors[f"{name}|values"] = np.ascontiguousarray(w.values)
@@ -112,7 +114,8 @@ class ScaleTable:
                 )
                 for name, row in meta["weights"].items()
             }
-        return cls(weights, {k: (float(a), float(b)) for k, (a, b) in meta["activations"].items()})
+        activations = {k: (float(a), float(b)) for k, (a, b) in meta["activations"].items()}
+        return cls(weights, activations, bool(meta.get("codebooks", False)))
 
 
 def asymmetric(low: float, high: float) -> tuple[np.float32, int]:
@@ -162,8 +165,22 @@ def quantize(
     if not layers:
         raise UsageError("no layer is left to quantise", fix="keep fewer float with --keep-float")
     chosen = _choose(layers, mean_bits, tables, least or {}, feedback)
+    return round_to(proto, calibration, chosen, feedback=feedback, correct=correct, rule=rule)
+
+
+def round_to(
+    proto: ModelProto,
+    calibration: Calibration,
+    bits: Mapping[str, Bits],
+    *,
+    feedback: bool = True,
+    correct: bool = True,
+    rule: RangeRule = "mse",
+) -> ScaleTable:
+    """`quantize` with the bits of each output channel given, by weight name; other layers stay float."""
+    layers = {n: la for n, la in layers_of(proto, calibration.patches).items() if n in bits}
     ranges = float_ranges(proto, calibration, rule, layers)
-    return ScaleTable(round_layers(proto, layers, chosen, ranges, feedback=feedback, correct=correct), ranges)
+    return ScaleTable(round_layers(proto, layers, bits, ranges, feedback=feedback, correct=correct), ranges)
 
 
 def float_ranges(
