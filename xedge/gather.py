@@ -8,6 +8,7 @@ read is constant, so ONNX Runtime decodes once, when it loads the file, and runs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +40,9 @@ def packed(values: NDArray[np.int8], bits: int) -> tuple[NDArray[np.uint8], NDAr
 def indices(graph: Graph, name: str) -> NDArray[np.uint8]:
     """A weight's indices as the file holds them."""
     bits = 8 - int(graph.array(f"{name}{RIGHT}")[0])
-    index = graph.array(f"{name}{PACKED}") >> _places(bits) & (2**bits - 1)
-    return index.reshape(-1)[: int(np.prod(graph.array(f"{name}{SHAPE}")))]
+    stored = graph.array(f"{name}{PACKED}").astype(np.uint8)
+    index = np.asarray(stored >> _places(bits) & (2**bits - 1), np.uint8)
+    return index.reshape(-1)[: math.prod(graph.array(f"{name}{SHAPE}").tolist())]
 
 
 def _places(bits: int) -> NDArray[np.uint8]:

@@ -158,7 +158,8 @@ def _errors(proto: ModelProto, table: ScaleTable) -> dict[str, float]:
     for name, w in table.weights.items():
         if graph.is_constant(name) and graph.array(name).shape == w.values.shape:
             step = w.scale.reshape([-1 if i == w.axis else 1 for i in range(w.values.ndim)])
-            out[name] = float(np.square(graph.array(name) - w.values * step).mean() ** 0.5)
+            error = np.asarray(graph.array(name), np.float64) - w.values * step
+            out[name] = float(np.square(error).mean() ** 0.5)
     return out
 
 

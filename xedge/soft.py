@@ -36,13 +36,11 @@ def silent(groups: Groups, table: ScaleTable, originals: Mapping[str, int], alig
     """
     keep = groups.whole()
     for g in groups.free:
-        if not all(f"{p}.weight" in table.weights for p in g.producers):
+        pieces = [(p, table.weights[p.param].bits) for p in g.slices if p.param in table.weights and p.kind != "in"]
+        planned = all(f"{p}.weight" in table.weights for p in g.producers)
+        if not planned or any(p.size != len(bits) for p, bits in pieces):  # grouped transposed: bits along no axis
             continue
-        zero = [
-            (piece.kind, (table.weights[piece.param].bits == 0)[piece.index].all(1))
-            for piece in g.slices
-            if piece.param in table.weights and piece.kind != "in"
-        ]
+        zero = [(p.kind, (bits == 0)[p.index].all(1)) for p, bits in pieces]
         made = np.all([z for kind, z in zero if kind == "out"], 0)
         gone = np.flatnonzero(np.any([made, *(z for kind, z in zero if kind == "pass")], 0))
         steps = widths(g.size, originals[g.name], align, STEM_KEEP if g.stem else MIN_KEEP)
