@@ -84,7 +84,7 @@ def ours(model: nn.Module, data: Data, case: Case, seed: int, options: dict[str,
     """One cut by xedge."""
     chosen: dict[str, Any] = {"criterion": "fback", "fold": True, **options}
     settings = Settings(
-        budget=Budget(case.macs), align=case.align, epochs=0, iterations=1, lr=case.lr, seed=seed, batch=128, **chosen
+        budget=Budget(case.macs), align=case.align, epochs=1, iterations=1, lr=case.lr, seed=seed, batch=128, **chosen
     )
     groups = find_groups(model, torch.stack([data.train[0][0]]), prune_stem=True)  # as torch-pruning does
     base, _ = predict(model, data.select)

@@ -160,6 +160,7 @@ def test_training_after_a_cut_leaves_the_batch_norms_statistics(
     assert running
     assert all(torch.equal(before[k], after[k]) for k in running)
     assert not torch.equal(before["norm.weight"], after["norm.weight"])
+    assert read(tmp_path / "run" / "prune" / "001.json")["allocation"] == "uniform", "no trial, for training follows"
 
 
 # -- sub-pixel layers ------------------------------------------------------------------------------------------------

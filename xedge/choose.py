@@ -37,6 +37,8 @@ CHOSEN = 1024
 HOWS = ("uniform", "global", "di", "taylor")
 """How many channels each group loses: the same part of each; by the criterion's own scores, by the exact greedy losses
 of DI, or by Taylor's, each for the multiply-adds or the time it saves."""
+UNTRIED = ("uniform",)
+"""For nets that restore pictures and are trained after the cut: their loss before it says little of the loss after."""
 STOPS = ("budget", "energy")
 """What ends the iteration: the budget and the floor, or structural energy and the floor."""
 BISECTIONS = 6
@@ -120,6 +122,8 @@ def choose(
         return None
     target = max(target, reach)  # an iteration may have to stop short; the loop ends when nothing more goes
     hows = HOWS if settings.allocation is None else (settings.allocation,)
+    if settings.allocation is None and data.restores and settings.epochs:
+        hows = UNTRIED
     ranks = {
         "global": scores,
         "di": score_all(greedy.score, now, observed) if "di" in hows else None,
