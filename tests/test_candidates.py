@@ -13,7 +13,7 @@ import pytest
 import tiny
 from flavours import quantised
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_run import process
 
 from xedge import candidates
@@ -66,6 +66,7 @@ def decided(folder: Path, made: list[Form], drop: float | None, weights: Path) -
         loaded,
         load_target("host-cpu"),
         made,
+        {},
         "local",
         original,
         folder,
@@ -180,6 +181,29 @@ def test_a_run_with_a_device_ships_what_it_measured(
     again = compress(request, folder, bench=False)
     assert {"candidates/host-cpu.json", "targets/host-cpu", "verify.json"} <= set(again.skipped)
     assert (folder / "targets/host-cpu/model.onnx").read_bytes() == shipped
+
+
+def test_a_form_that_cannot_be_made_is_in_the_table_with_its_reason(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same function, but its first weight, folded with its batch norm, lies beyond float16."""
+    monkeypatch.setattr(candidates, "PROTOCOL", SHORT)
+    state = load_file(weights)
+    for name, factor in (("norm.weight", 1e6), ("norm.bias", 1e6), ("second.weight", 1e-6)):
+        state[name] = state[name] * factor
+    save_file(state, tmp_path / "net.safetensors")
+    request = Request(
+        model=tiny.NET, weights=str(tmp_path / "net.safetensors"), data=tiny.DATA, targets=("android",),
+        device="local", macs=0.5, max_drop=0.9, epochs=0, iterations=1, batch=32,
+    )  # fmt: skip
+    folder = compress(request, tmp_path / "run", Talk(quiet=True), bench=False).folder
+    report = read_json(folder / "report.json")
+    (choice,) = report.choices
+    assert {c.form for c in choice.candidates if c.bytes is not None} == {"int8", "float32"}
+    (absent,) = [c for c in choice.candidates if c.bytes is None]
+    assert (absent.form, absent.path, absent.quality) == ("float16", None, None)
+    assert absent.words == "left out: relu/weight: its values exceed float16"
+    assert f"android, float16: {absent.words}" in markdown(report)
 
 
 def test_a_run_without_a_device_says_that_it_is_unmeasured(finished: Path) -> None:

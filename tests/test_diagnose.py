@@ -91,3 +91,18 @@ def test_what_is_no_run(tmp_path: Path, finished: Path) -> None:
         diagnose(tmp_path)
     with pytest.raises(UsageError, match="the run has no target pixel3; choose one of jetson-orin-nano, android"):
         diagnose(finished, "pixel3")
+
+
+def test_another_form_than_the_plans_is_refused(finished: Path, tmp_path: Path) -> None:
+    """The stages lead to the plan's int8: followed to something else they would blame the wrong one."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run/report.json"
+    report = json.loads(path.read_text())
+    (android,) = [c for c in report["choices"] if c["target"] == "android"]
+    for form in ("float16", "float32", "int8 with exceptions", "int8 and float"):
+        android["form"] = form
+        path.write_text(json.dumps(report))
+        for name in (None, "android"):
+            with pytest.raises(UsageError, match=f"android ships {form}, and the stages lead to the plan's int8; "):
+                diagnose(tmp_path / "run", name)
+    assert [d.target for d in diagnose(tmp_path / "run", "jetson")] == ["jetson-orin-nano"]

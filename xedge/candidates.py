@@ -91,15 +91,16 @@ def ship(
         path = _compiled(run, step, {"onnx": planned}, target, target.compile)
         choice = Choice(target.name, name, f"{name} as planned, unmeasured: {reason}")
         return Form(name, path, target.flavour, table), choice
-    mixed = by_latency(run, loaded, target, table, planned, floats, talk)
-    made = forms(run, target, name, table, planned, floats, talk, mixed)
+    made, left_out = forms(run, loaded, target, name, table, planned, floats, talk)
+    for form, why in left_out.items():
+        talk.say(f"  {target.name}, {form}: left out: {why}")
     decided = run.step(
         f"candidates/{target.name}.json",
         {
             **{form.name: form.path for form in made}, "device": address, "protocol": PROTOCOL.name,
-            "data": loaded.data.name, "drop": loaded.settings.budget.max_drop,
+            "data": loaded.data.name, "drop": loaded.settings.budget.max_drop, "left out": left_out,
         },
-        lambda p: p.write_text(json.dumps(decide(loaded, target, made, address, original, run.folder, talk))),
+        lambda p: p.write_text(json.dumps(decide(loaded, target, made, left_out, address, original, run.folder, talk))),
     )  # fmt: skip
     facts = read_json(decided)["choice"]
     choice = Choice(**{**facts, "candidates": tuple(Candidate(**c) for c in facts["candidates"])})
@@ -144,16 +145,21 @@ def unmeasured(target: Target, address: str | None) -> str | None:
 
 
 def forms(
-    run: Run, target: Target, name: str, table: ScaleTable, planned: Path, floats: Path, talk: Talk,
-    mixed: Mapping[str, Any] | None,
-) -> list[Form]:  # fmt: skip
-    """The plan's form, then the others, each a sealed step of the run under candidates/; `mixed` is `by_latency`'s."""
+    run: Run, loaded: Loaded, target: Target, name: str, table: ScaleTable, planned: Path, floats: Path, talk: Talk
+) -> tuple[list[Form], dict[str, str]]:
+    """The plan's form, then the others, each a sealed step of the run under candidates/; and why others cannot be."""
 
     def made(form: str, source: Path, compile_: Callable[[Path, Path, str], Path]) -> Path:
         step = f"candidates/{target.name}-{form.replace(' ', '-')}"
         return _compiled(run, step, {"onnx": source}, target, compile_)
 
     found = [Form(name, made(name, planned, target.compile), target.flavour, table)]
+    left_out: dict[str, str] = {}
+    mixed: dict[str, Any] | None = None
+    try:
+        mixed = by_latency(run, loaded, target, table, planned, floats, talk)
+    except UnsupportedGraph as e:
+        left_out[MIXED] = _why(e)
     if mixed is not None and 0 < len(mixed["layers"]) < len(table.weights):
         plain = precision.partly(table, mixed)
         source = run.step(
@@ -177,29 +183,34 @@ def forms(
         try:
             found.append(Form("float16", made("float16", floats, target.half), "float", table))
         except UnsupportedGraph as e:
-            talk.say(f"  {target.name} in float16 is left out: {e}")
+            left_out["float16"] = _why(e)
     found.append(Form("float32", made("float32", floats, target.compile), "float", table))
-    return found
+    return found, left_out
+
+
+def _why(error: UnsupportedGraph) -> str:
+    """What is wrong and where; how to mend it is of no use in a table of forms."""
+    return ": ".join(filter(None, (error.where, error.what)))
 
 
 def by_latency(
     run: Run, loaded: Loaded, target: Target, table: ScaleTable, planned: Path, floats: Path, talk: Talk
 ) -> dict[str, Any] | None:
-    """`precision.choose_floats` under a latency budget, sealed; None without one or for kernels that it cannot time."""
+    """`precision.choose_floats` under a latency budget, sealed; None without one or for a runtime that it cannot time.
+
+    Raises:
+        UnsupportedGraph: a layer that it cannot time.
+    """
     address = loaded.request.device
     if loaded.settings.budget.latency is None or address is None or target.flavour not in ("litert", "onnxruntime"):
         return None
-    try:
-        path = run.step(
-            f"candidates/{target.name}-precision.json",
-            {"floats": floats, "plan": planned, "device": address, "target": target.name},
-            lambda p: p.write_text(
-                json.dumps(precision.choose_floats(onnx.load(floats), table, address, target, talk.say), sort_keys=True)
-            ),
-        )
-    except UnsupportedGraph as e:
-        talk.say(f"  {target.name} with float layers by latency is left out: {e}")
-        return None
+    path = run.step(
+        f"candidates/{target.name}-precision.json",
+        {"floats": floats, "plan": planned, "device": address, "target": target.name},
+        lambda p: p.write_text(
+            json.dumps(precision.choose_floats(onnx.load(floats), table, address, target, talk.say), sort_keys=True)
+        ),
+    )
     return dict(read_json(path))
 
 
@@ -229,8 +240,9 @@ def without(table: ScaleTable, proto: ModelProto, layers: Sequence[str]) -> Scal
 
 
 def decide(
-    loaded: Loaded, target: Target, made: Sequence[Form], address: str, original: nn.Module, folder: Path, talk: Talk
-) -> dict[str, Any]:
+    loaded: Loaded, target: Target, made: Sequence[Form], left_out: Mapping[str, str], address: str,
+    original: nn.Module, folder: Path, talk: Talk,
+) -> dict[str, Any]:  # fmt: skip
     """The fastest form that holds the floor: the choice, and the comparisons that it rests on.
 
     Accuracy is on the data held back for choosing, by the artefacts themselves on this host. Of the forms that hold
@@ -278,7 +290,8 @@ def decide(
         )
         for f in ordered
     )
-    choice = Choice(target.name, best.name, why, address, rows)
+    absent = tuple(Candidate(form, None, None, None, f"left out: {reason}") for form, reason in left_out.items())
+    choice = Choice(target.name, best.name, why, address, rows + absent)
     return {"choice": asdict(choice), "comparisons": timed}
 
 

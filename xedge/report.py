@@ -177,14 +177,14 @@ class Candidate:
 
     Attributes:
         form: such as ``int8`` or ``float16``. path: of its model file, in the run folder. bytes: of that.
-        quality: on the data held back for choosing, in words.
+        quality: on the data held back for choosing, in words. All three None of a form that could not be made.
         words: ``shipped``, or why not.
     """
 
     form: str
-    path: str
-    bytes: int
-    quality: str
+    path: str | None
+    bytes: int | None
+    quality: str | None
     words: str
 
 

@@ -454,7 +454,8 @@ def choice_lines(choice: Choice) -> list[str]:
     return [
         f"{choice.target}: {choice.why}",
         *(
-            f"{choice.target}, {c.form}: {c.words} ({c.quality} on held-back data, {size(c.bytes)})"
+            f"{choice.target}, {c.form}: {c.words}"
+            + (f" ({c.quality} on held-back data, {size(c.bytes)})" if c.bytes is not None else "")
             for c in choice.candidates
         ),
     ]
