@@ -8,9 +8,11 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flavours
 import numpy as np
 import onnx
 import onnx.backend.test.loader
@@ -24,6 +26,8 @@ from ai_edge_litert import schema_py_generated as schema
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
@@ -213,18 +217,86 @@ def invoke(data: bytes, feeds: list[np.ndarray], reference: bool = True) -> np.n
     return value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
 
 
-def worst_layer(model: onnx.ModelProto, image: np.ndarray) -> tuple[float, int]:
-    """Largest difference to ONNX Runtime of any layer fed with ONNX Runtime's own inputs, in output steps."""
+class Conv(OpRun):  # type: ignore[misc]
+    """onnx.reference has one, which takes minutes for a net."""
+
+    def _run(
+        self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None, auto_pad: str = "", dilations: object = None,
+        group: int = 1, kernel_shape: object = None, pads: object = None, strides: object = None,
+    ) -> tuple[np.ndarray]:  # fmt: skip
+        top, left, bottom, right = pads or [0] * 4
+        x, w, b = (None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in (x, w, b))
+        x = nn.functional.pad(x, (left, right, top, bottom))
+        return (nn.functional.conv2d(x, w, b, strides or 1, 0, dilations or 1, group or 1).numpy(),)
+
+
+def exact(model: onnx.ModelProto, feeds: list[np.ndarray]) -> np.ndarray:
+    """The QDQ graph in float64 by ONNX's reference evaluator: sums of integers times scales, without their rounding."""
+    wide = onnx.ModelProto.FromString(model.SerializeToString())
+    wide.opset_import[0].version = 21  # the evaluator has no older DequantizeLinear
+    for tensor in wide.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+    names = [value.name for value in wide.graph.input]
+    run = ReferenceEvaluator(wide, new_ops=[Conv])
+    return run.run(None, {n: f.astype(np.float64) for n, f in zip(names, feeds, strict=True)})[0]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer's kernels do with the inputs that ONNX Runtime gives it, in steps of its output.
+
+    Attributes:
+        operators: of the layer in ONNX.
+        apart: furthest that LiteRT's reference kernel is from ONNX Runtime.
+        ort, reference, fast: furthest that each is from the exact result before it is rounded, at best 1/2.
+        unit: of the 32-bit sum: the factor that the kernel multiplies it with.
+    """
+
+    operators: frozenset[str]
+    apart: float
+    ort: float
+    reference: float
+    fast: float
+    unit: float
+
+
+def layers(model: onnx.ModelProto, image: np.ndarray) -> list[Layer]:
+    """Every layer of a graph made by `quantized`, alone."""
     values = {k: v[0] for k, v in activations(model, image).items() if k != model.graph.input[0].name}
     values[model.graph.input[0].name] = image
-    worst, count = 0.0, 0
+    found = []
     for piece in pieces(model):
         feeds = [values.get(f"{v.name}_dq", values[v.name]) for v in piece.graph.input]
-        data = tflite.convert(piece, batch=None)
+        data, last = tflite.convert(piece, batch=None), piece.graph.output[0].name
         assert floats(data) == []
-        apart = np.abs(invoke(data, feeds) - values[piece.graph.output[0].name]).max()
-        worst, count = max(worst, float(apart / step(data))), count + 1
-    return worst, count
+        ort, reference, fast = values[last], invoke(data, feeds), invoke(data, feeds, reference=False)
+        zero = next(t for t in piece.graph.initializer if t.name == f"{last.removesuffix('_dq')}_z")
+        bounds = np.array([-128, 127]) - numpy_helper.to_array(zero).astype(int)
+        piece.graph.output[0].name = last.removesuffix("_dq")
+        real = np.clip(exact(piece, feeds) / step(data), *bounds)
+        off = [float(np.abs(y / step(data) - real).max()) for y in (ort, reference, fast)]
+        kinds = frozenset(n.op_type for n in piece.graph.node if not n.op_type.endswith("eLinear"))
+        found.append(Layer(kinds, float(np.abs(reference - ort).max() / step(data)), *off, unit(data)))
+    return found
+
+
+def unit(data: bytes) -> float:
+    """The largest factor from a 32-bit sum to the output's grid, of convolutions, linear layers and means."""
+    model = unpacked(data)
+    tensors, codes = model.subgraphs[0].tensors, schema.BuiltinOperator
+    largest = 0.0
+    for o in model.subgraphs[0].operators:
+        code, out = model.operatorCodes[o.opcodeIndex].builtinCode, tensors[o.outputs[0]]
+        x, *others = (tensors[i] for i in o.inputs)
+        if code in (codes.CONV_2D, codes.DEPTHWISE_CONV_2D, codes.FULLY_CONNECTED):
+            part = max(others[0].quantization.scale)
+        elif code == codes.MEAN:
+            part = math.prod(out.shape) / math.prod(x.shape)
+        else:
+            continue
+        largest = max(largest, part * x.quantization.scale[0] / out.quantization.scale[0])
+    return largest
 
 
 # ---------------------------------------------------------------------------------------------- operators, integer
@@ -469,10 +541,10 @@ def efficientnet_lite0() -> nn.Module:
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], float]] = {
-    # The last number: least SNR in dB between LiteRT and ONNX Runtime on the same int8 graph. Every layer rounds to the
-    # nearest step, but LiteRT's fixed-point rescaling turns some ties the other way (about 0.3 % of the elements, one
-    # step each), and later layers carry that on: the deeper the net, the lower. 1 LSB of noise at the output alone
-    # would be about 45 dB; the quantisation itself costs more (24 dB on this resnet18, 37 dB on mobilenet_v2).
+    # The last number: least SNR in dB between LiteRT and ONNX Runtime on the same int8 graph. LiteRT's reference
+    # kernels round a sum twice (`test_which_kernels_round_as_the_graph_says`), which moves some 0.1 % of the elements
+    # of a layer by one step, and later layers carry that on: the deeper the net, the lower. 1 LSB of noise at the
+    # output alone would be about 45 dB; quantisation itself costs more (24 dB on this resnet18, 37 dB on mobilenet_v2).
     "lenet": (lenet, (1, 28, 28), 38.0),
     "superresolution": (SuperResolution, (3, 12, 12), 35.0),
     "mixture": (Mixture, (3, 32, 32), 30.0),
@@ -519,7 +591,7 @@ def test_float_net_equals_onnx_runtime(name: str, exported: Exported) -> None:
 
 @pytest.mark.parametrize("name", NETS)
 def test_integer_net(name: str, exported: Exported) -> None:
-    """Fully integer, each layer within one step of ONNX Runtime on the same inputs, and the whole within its SNR."""
+    """Fully integer, and the whole within its SNR of ONNX Runtime."""
     model, x = exported(name)
     int8 = quantized(model, x)
     data = tflite.convert(int8)
@@ -528,9 +600,27 @@ def test_integer_net(name: str, exported: Exported) -> None:
     wanted = expected(int8, x)
     for reference in (True, False):
         assert snr(wanted, tflite.runner(data, reference=reference)(x)) >= NETS[name][2]
-    worst, layers = worst_layer(int8, x[:1])
-    assert layers >= 5
-    assert worst <= 1.01
+
+
+SUMS = {"Conv", "Gemm", "ReduceMean"}
+PLAIN = {"Add", "Relu", "Clip", "MaxPool", "Reshape", "Split", "Transpose", "DepthToSpace"}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_which_kernels_round_as_the_graph_says(name: str, exported: Exported) -> None:
+    """Layer by layer against float64. ONNX Runtime and LiteRT's fast kernels (XNNPACK) give the nearest step. The
+    reference kernels round a sum of 32 bits a first time, to a power of two that is at most two units of the sum, and
+    then to the step: they are off by a unit more than half a step, at most, and so turn what lies next to a tie."""
+    model, x = exported(name)
+    found = layers(quantized(model, x), x[:1])
+    assert len(found) >= 5
+    for layer in found:
+        assert layer.apart <= 1.01
+        if layer.operators & SUMS or layer.operators <= PLAIN:
+            assert layer.ort <= 0.5 + 1e-3
+            assert layer.fast <= 0.5 + 1e-3
+            assert layer.reference <= 0.5 + layer.unit + 1e-3
+    assert any(layer.reference > 0.501 for layer in found), "LiteRT now rounds once: the bounds below can go"
 
 
 def test_lenet_is_within_one_step(exported: Exported) -> None:
@@ -542,27 +632,45 @@ def test_lenet_is_within_one_step(exported: Exported) -> None:
         assert np.abs(tflite.runner(data, reference=True)(x) - expected(int8, x)).max() <= 1.01 * step(data)
 
 
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    [("superresolution", 1), ("mobilenet_v1", 1), ("mobilenet_v2", 1), ("efficientnet_lite0", 1), ("resnet20", 2)],
-)
-def test_whole_nets_on_the_reference_kernels(name: str, steps: int, exported: Exported) -> None:
-    """From the picture to the logits, rounding of all layers included: a tie that two kernels round apart stays one
-    step, or in a sum of residuals becomes two."""
+def beyond(got: np.ndarray, wanted: np.ndarray, data: bytes) -> tuple[int, int]:
+    """The furthest, in steps, and how many are further than one."""
+    steps = np.rint(np.abs(got - wanted) / step(data)).astype(int)
+    return int(steps.max()), int((steps > 1).sum())
+
+
+# Net -> outputs of four images that the reference kernels put two steps from ONNX Runtime's; all others are within one.
+TWO_STEPS = {
+    **dict.fromkeys(("lenet", "superresolution", "mobilenet_v1", "mobilenet_v2", "efficientnet_lite0"), 0),
+    "resnet20": 4,  # of 40
+}
+
+
+@pytest.mark.parametrize("name", TWO_STEPS)
+def test_whole_nets(name: str, exported: Exported) -> None:
+    """From the picture to the logits, rounding of all layers included."""
     model, x = exported(name)
     int8 = quantized(model, x)
-    data = tflite.convert(int8)
-    apart = np.abs(tflite.runner(data, reference=True)(x) - expected(int8, x)).max()
-    assert apart <= 1.01 * steps * step(data)
+    data, wanted = tflite.convert(int8), expected(int8, x)
+    furthest, count = beyond(tflite.runner(data, reference=True)(x), wanted, data)
+    assert furthest <= (2 if TWO_STEPS[name] else 1)
+    assert count <= TWO_STEPS[name]
+    assert beyond(tflite.runner(data)(x), wanted, data)[0] <= 1
 
 
-@pytest.mark.filterwarnings("ignore")  # ONNX Runtime's quantiser advises to optimise first
-@pytest.mark.parametrize("kind", [QuantType.QInt8, QuantType.QUInt8])
-@pytest.mark.parametrize(("name", "least"), [("lenet", 38), ("resnet18", 24), ("mobilenet_v2", 33), ("mixture", 28)])
-def test_graphs_of_onnx_runtimes_quantiser(
-    name: str, least: float, kind: QuantType, exported: Exported, tmp_path: Path
-) -> None:
-    model, x = exported(name)
+def test_float32_itself_strays_in_a_wide_and_deep_net(exported: Exported) -> None:
+    """Where ONNX Runtime is no yardstick for one step: it is further from the exact result than LiteRT's kernels."""
+    model, x = exported("resnet18")
+    int8 = quantized(model, x)
+    data, true = tflite.convert(int8), np.concatenate([exact(int8, [image]) for image in x[:, None]])
+    strayed, count = beyond(expected(int8, x), true, data)
+    assert strayed >= 2
+    assert beyond(tflite.runner(data)(x), true, data)[1] < count
+
+
+def quantised_by_ort(
+    model: onnx.ModelProto, x: np.ndarray, folder: Path, kind: QuantType, **more: object
+) -> onnx.ModelProto:
+    """ONNX Runtime's quantizer in QDQ form, with int8 weights per channel."""
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -571,15 +679,60 @@ def test_graphs_of_onnx_runtimes_quantiser(
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.left, None)
 
-    onnx.save(model, tmp_path / "f.onnx")
+    onnx.save(model, folder / "f.onnx")
     quantize_static(
-        tmp_path / "f.onnx", tmp_path / "q.onnx", Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=kind, weight_type=QuantType.QInt8,
+        folder / "f.onnx", folder / "q.onnx", Reader(), quant_format=QuantFormat.QDQ, activation_type=kind,
+        **{"per_channel": True, "weight_type": QuantType.QInt8, **more},
     )  # fmt: skip
-    int8 = onnx.load(tmp_path / "q.onnx")
-    data = tflite.convert(int8)
+    return onnx.load(folder / "q.onnx")
+
+
+@pytest.mark.filterwarnings("ignore")  # ONNX Runtime's quantiser advises to optimise first
+@pytest.mark.parametrize("kind", [QuantType.QInt8, QuantType.QUInt8])
+@pytest.mark.parametrize("name", [*TWO_STEPS, "resnet18", "mixture"])
+def test_graphs_of_onnx_runtimes_quantiser(name: str, kind: QuantType, exported: Exported, tmp_path: Path) -> None:
+    """The nets of TWO_STEPS within the same steps; of the others the SNR: a sigmoid and a tanh on finer grids than
+    TFLite's specification has (mixture), and 20 layers of up to 512 channels where float32 itself strays (resnet18)."""
+    model, x = exported(name)
+    int8 = quantised_by_ort(model, x, tmp_path, kind)
+    data, wanted = tflite.convert(int8), expected(int8, x)
     assert floats(data) == []
-    assert snr(expected(int8, x), tflite.runner(data, reference=True)(x)) >= least
+    for reference in (True, False):
+        got = tflite.runner(data, reference=reference)(x)
+        if name not in TWO_STEPS:
+            assert snr(wanted, got) >= {"resnet18": 24, "mixture": 28}[name]
+            continue
+        furthest, count = beyond(got, wanted, data)
+        assert furthest <= (2 if TWO_STEPS[name] and reference else 1)
+        assert count <= (TWO_STEPS[name] if reference else 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (flavours.residual, {"extra_options": {"ActivationSymmetric": True}}),
+        (flavours.mobile, {"extra_options": {"ActivationSymmetric": True, "QDQKeepRemovableActivations": True}}),
+        (flavours.residual, {"extra_options": {"QuantizeBias": False}}),
+        (flavours.shuffle, {"extra_options": {"AddQDQPairToWeight": True, "DedicatedQDQPair": True}}),
+        (flavours.residual, {"per_channel": False, "reduce_range": True}),
+    ],
+)
+def test_options_of_onnx_runtimes_quantiser(
+    make: Callable[[], nn.Module], options: dict[str, object], tmp_path: Path
+) -> None:
+    """Zero points of 0, activations kept before Q, float biases, pairs on weights and per reader: within one step."""
+    torch.manual_seed(0)
+    net, x = flavours.randomised(make()), images(4, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(3):
+            net.train()(torch.from_numpy(x))
+    model = export(net, torch.from_numpy(x[:1]), tmp_path / "net.onnx")
+    int8 = quantised_by_ort(model, x, tmp_path, QuantType.QInt8, **options)
+    data, wanted = tflite.convert(int8), expected(int8, x)
+    assert floats(data) == []
+    for reference in (True, False):
+        assert beyond(tflite.runner(data, reference=reference)(x), wanted, data)[0] <= 1
 
 
 def test_a_symbolic_or_other_batch_is_written_as_one_and_can_grow(tmp_path: Path) -> None:
