@@ -27,6 +27,7 @@ import pytest
 from chromium import SLOW, Aside, chromium, link, needs, new_page, opened
 from markupsafe import escape
 from onnx import TensorProto, helper
+from PIL import Image
 from small_run import run_folder
 from test_agent import convolution, network
 
@@ -46,6 +47,7 @@ from xedge.measurement import (
     to_text,
 )
 from xedge.progress import Talk
+from xedge.report import Crop, read_json, write_html
 from xedge.targets import tflite
 from xedge.transports import browser
 from xedge.transports.browser import Browser, Place, certificate, invitation, page_path, parse
@@ -389,6 +391,33 @@ def test_a_page_knows_when_xedge_has_ended(window: Any, tmp_path: Path, number: 
         assert process.wait(SLOW) != 0
         assert page.evaluate("over")
         page.context.close()
+
+
+@live
+@pytest.mark.parametrize(("width", "side", "rows"), [(1280, 240, 1), (390, None, 2)])
+def test_a_reports_pictures_show_alike(window: Any, tmp_path: Path, width: int, side: int | None, rows: int) -> None:
+    """Side by side, equally large and twice their own size where there is room; the page's own policy lets them."""
+    run = run_folder(tmp_path / "run")
+    (run / "crops").mkdir()
+    names = ("bicubic", "original", "compressed", "truth")
+    for shade, name in enumerate(names):
+        Image.fromarray(np.full((120, 120, 3), 60 * shade, np.uint8)).save(run / f"crops/{name}.png")
+    scores = dict.fromkeys(names[:3], 0.9)
+    crop = Crop(
+        "a-long-name-of-a-photograph.png", "host-cpu", 8, 16, 120, scores, scores, {n: f"{n}.png" for n in names}
+    )
+    write_html(replace(read_json(run / "report.json"), crops=(crop,)), run / "report.html")
+    page = new_page(window)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto((run / "report.html").as_uri())
+    boxes = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.width, i.height, i.y])")
+    inside = page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.context.close()
+    assert [box[0] for box in boxes] == [120] * 4, "not shown"
+    assert len({tuple(box[1:3]) for box in boxes}) == 1
+    assert boxes[0][1] == boxes[0][2] == (side or boxes[0][1])
+    assert len({box[3] for box in boxes}) == rows
+    assert inside
 
 
 @live

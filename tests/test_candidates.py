@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_run import process
 
 from xedge import candidates
+from xedge.assemble import _executed, _stored, _tflite_weights
 from xedge.audit import audit_one
 from xedge.candidates import Form
 from xedge.export import write_flavour
@@ -210,3 +211,15 @@ def test_a_run_without_a_device_says_that_it_is_unmeasured(finished: Path) -> No
     for choice in read_json(finished / "report.json").choices:
         assert choice.why == "int8 as planned, unmeasured: no --device was given"
         assert choice.candidates == ()
+
+
+def test_a_float16_artefact_is_read_for_the_report(tmp_path: Path) -> None:
+    """Its weights lie behind operators that widen them."""
+    q, half = quantised("plain", 8.0), load_target("android").half
+    assert half is not None
+    onnx.save(q.proto, tmp_path / "float.onnx")
+    made = half(tmp_path / "float.onnx", tmp_path, "model")
+    assert {w.dtype for w in _tflite_weights(made)} == {np.dtype(np.float16)}
+    assert sum(w.size for w in _tflite_weights(made)) == sum(w.values.size for w in q.table.weights.values())
+    assert _stored(made, q.table) == []
+    assert _executed(made, q.table) == {}

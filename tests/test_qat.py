@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import tiny
+import tiny_pictures
 import torch
 from flavours import SHAPE, fits, quantised
 from safetensors.torch import load_file
 from torch import nn
 
+from xedge.judge import Judge
 from xedge.onnx_graph import export_float
-from xedge.qat import Tuned
+from xedge.progress import Talk
+from xedge.qat import Tuned, tune
 from xedge.quantize import ScaleTable, quantize
-from xedge.ranges import calibrate
+from xedge.ranges import calibrate, for_pictures
+from xedge.request import Request, load_everything
 from xedge.simulate import Quantized
 from xedge.train import Recipe, fit
 
@@ -101,6 +106,51 @@ def test_training_mends_two_bits(weights: Path) -> None:
         assert (w.scale > 0).all()
         changed += int((w.values != table.weights[name].values).sum())
     assert changed > 0
+
+
+def test_training_mends_pictures(picture_weights: Path) -> None:
+    model, data = tiny_pictures.net(), tiny_pictures.data()
+    model.load_state_dict(load_file(picture_weights))
+    proto = export_float(model.eval(), data.shape, 17)
+    seen = for_pictures(proto, calibrate(proto, lambda: (data.train[i][0][None].numpy() for i in range(16))))
+    table = quantize(proto, seen, mean_bits=4, feedback=False, correct=False)
+    judge = Judge.of(data)
+
+    def quality(one: ScaleTable) -> float:
+        pairs = [data.val[i] for i in range(len(data.val))]
+        x, truth = (torch.stack(part) for part in zip(*pairs, strict=True))
+        with torch.no_grad():
+            out = Quantized(model, proto, one, "litert", data.shape)(x)
+        return judge.quality(out, truth, out)
+
+    tuned = Tuned(Quantized(model, proto, table, "litert", data.shape), table)
+    recipe = Recipe(epochs=3, lr=1e-3, batch=16, weight_decay=0.0, distill=0.5)
+    fit(tuned, data, recipe, original=model)
+    after = tuned.table(table)
+    assert quality(after) > quality(table) + 0.5
+    assert after.bits_of() == table.bits_of()
+    assert all(fits(w.values, w.bits, w.axis) for w in after.weights.values())
+
+
+def test_training_that_makes_things_worse_is_undone(picture_weights: Path, tmp_path: Path) -> None:
+    model, data = tiny_pictures.net(), tiny_pictures.data()
+    model.load_state_dict(load_file(picture_weights))
+    proto = export_float(model.eval(), data.shape, 17)
+    seen = for_pictures(proto, calibrate(proto, lambda: (data.train[i][0][None].numpy() for i in range(16))))
+    table = quantize(proto, seen, mean_bits=8)
+    request = Request(
+        model=tiny_pictures.NET,
+        weights=str(picture_weights),
+        data=tiny_pictures.DATA,
+        targets=("android",),
+        qat=1,
+        lr=0.5,
+    )
+    said: list[str] = []
+    talk = Talk(quiet=True)
+    talk.say = said.append  # type: ignore[method-assign]
+    assert tune(load_everything(request), model, proto, table, tmp_path / "c.safetensors", talk) is table
+    assert re.search(r"in integers: .* dB on held-back data for .* dB before, undone", said[-1])
 
 
 def test_a_run(xedge: Xedge, weights: Path, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_the_busiest_part_is_found() -> None:
     flat = np.full((400, 600, 3), 90, np.uint8)
     flat[200:260, 400:460] = np.random.default_rng(0).integers(0, 255, (60, 60, 3))
     top, left, side = busiest(flat, 4)
-    assert (top % 4, left % 4, side) == (0, 0, 160)
+    assert (top % 4, left % 4, side) == (0, 0, 120)
     assert top <= 200 <= 260 <= top + side
     assert left <= 400 <= 460 <= left + side
 

@@ -308,7 +308,8 @@ def _stored(path: Path, table: ScaleTable) -> list[NDArray[Any]]:
 
 
 def _tflite_weights(path: Path) -> list[NDArray[Any]]:
-    """What the weighted operators of a .tflite multiply with, each tensor once; 4-bit weights as int8."""
+    """What the weighted operators of a .tflite multiply with, each tensor once, as it is stored; 4-bit weights as
+    int8."""
     from ai_edge_litert import schema_py_generated as tfl
 
     model = tfl.ModelT.InitFromObj(tfl.Model.GetRootAs(path.read_bytes()))
@@ -318,12 +319,14 @@ def _tflite_weights(path: Path) -> list[NDArray[Any]]:
         tfl.BuiltinOperator.FULLY_CONNECTED,
         tfl.BuiltinOperator.TRANSPOSE_CONV,
     }
+    dequantize = tfl.BuiltinOperator.DEQUANTIZE  # float16 weights are widened by one
     codes = [max(c.builtinCode, c.deprecatedBuiltinCode) for c in model.operatorCodes]
     graph = model.subgraphs[0]
+    wider = {op.outputs[0]: op.inputs[0] for op in graph.operators if codes[op.opcodeIndex] == dequantize}
     used = {op.inputs[1] for op in graph.operators if codes[op.opcodeIndex] in weighted}
-    kinds = {tfl.TensorType.INT8: np.int8, tfl.TensorType.FLOAT32: np.float32}
+    kinds = {tfl.TensorType.INT8: np.int8, tfl.TensorType.FLOAT32: np.float32, tfl.TensorType.FLOAT16: np.float16}
     found = []
-    for tensor in (graph.tensors[i] for i in sorted(used)):
+    for tensor in (graph.tensors[wider.get(i, i)] for i in sorted(used)):
         stored = np.asarray(model.buffers[tensor.buffer].data, np.uint8)
         if tensor.type == tfl.TensorType.INT4:  # two a byte, the first in its lower half
             halves = np.stack([stored << 4, stored & 0xF0], 1).reshape(-1).view(np.int8) >> 4

@@ -85,7 +85,8 @@ def bench_at(
             scale, graph = scale_of(small), Graph(small)
             own = graph.shapes[graph.inputs[0]]
             if size[0] % scale or size[1] % scale:
-                raise UsageError(f"is no multiple of {scale}", where=f"--size {size[0]}x{size[1]}", fix="mend it")
+                near = "x".join(str(max(scale, n // scale * scale)) for n in size)
+                raise UsageError(f"is no multiple of {scale}", where=f"--size {size[0]}x{size[1]}", fix=f"give {near}")
             height, width = size[1] // scale, size[0] // scale
             rows = [report.row(name, artifact.target) for name in ("original", "compressed")]
             before, after = (round(r.macs * height * width / (own[2] * own[3])) if r else 0 for r in rows)

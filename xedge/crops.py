@@ -22,8 +22,8 @@ from xedge.target import Target
 from xedge.upscale import Engine
 
 FOLDER = "crops"
-SIDE = 160
-"""Pixels of a crop, at most; their PNG files are some 40 kB each."""
+SIDE = 120
+"""Pixels of a crop, at most: four beside each other, each twice as large, fit the page."""
 MOST = 3
 """Pictures that are shown."""
 

@@ -43,6 +43,7 @@ TRIED = 48
 NAMED = 3
 GUILTY = 0.1
 """Of the costliest layer's cost: who costs less is not named."""
+NOTHING = "nothing, it is as good as the original"
 STAGES = ("original", "pruned", "weights quantised", "activations quantised", "exported", "compiled")
 
 
@@ -174,7 +175,7 @@ class _Patient:
             first=first.name if first else None,
             worst=worst.name,
             blamed=tuple(blamed[:NAMED]),
-            fix=self._fix((first or worst).name, [b.layer for b in blamed[:NAMED]]),
+            fix=self._fix((first or worst).name, [b.layer for b in blamed[:NAMED]], faulty=first is not None),
         )
 
     def _stage(self, name: str, before: Tensor, after: Tensor, base: Tensor, labels: Tensor) -> Stage:
@@ -241,7 +242,7 @@ class _Patient:
 
     # -- the way out -------------------------------------------------------------------------------------------------
 
-    def _fix(self, stage: str, layers: list[str]) -> str:
+    def _fix(self, stage: str, layers: list[str], *, faulty: bool) -> str:
         known = {w.layer for w in self.table.weights.values()}
         mine = [n for n in layers if n in known]
         pattern = f'"^({"|".join(map(re.escape, mine))})$"'
@@ -254,7 +255,7 @@ class _Patient:
         if stage == "activations quantised":
             other = {"mse": "percentile", "percentile": "minmax", "minmax": "mse"}[self.loaded.request.ranges]
             return f"--keep-float {pattern}" if mine else f"--ranges {other}"
-        return "report this model: an export that changes answers is a fault of xedge's"
+        return "report this model: an export that changes answers is a fault of xedge's" if faulty else NOTHING
 
 
 def to_text(d: Diagnosis) -> str:

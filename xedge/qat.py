@@ -20,10 +20,11 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from xedge.errors import UsageError
+from xedge.judge import Judge
 from xedge.quantize import ScaleTable, WeightScale
 from xedge.rounding import Grid
 from xedge.simulate import Quantized, straight_through
-from xedge.train import Recipe, fit
+from xedge.train import Recipe, fit, predict
 
 if TYPE_CHECKING:
     from xedge.progress import Talk
@@ -99,7 +100,7 @@ class Tuned(nn.Module):
 def tune(
     loaded: Loaded, model: nn.Module, proto: ModelProto, table: ScaleTable, checkpoint: Path, talk: Talk
 ) -> ScaleTable:
-    """Train the quantised net for --qat epochs.
+    """Train the quantised net for --qat epochs; where held-back data say that this made it worse, it is undone.
 
     Args:
         loaded: request and data; the rounding is that of the first target with integers.
@@ -123,5 +124,12 @@ def tune(
         epochs=request.qat, lr=RATE * loaded.lr, batch=loaded.batch, weight_decay=0.0, distill=DISTILL,
         seed=request.seed,
     )  # fmt: skip
+    judged, select = Judge.of(loaded.data), loaded.data.select
+    base, truth = predict(model, select, limit=judged.held(len(select)))
+    before, _ = predict(tuned, select, limit=len(base))
     fit(tuned, loaded.data, recipe, original=model, checkpoint=checkpoint, talk=talk, what="training in integers")
-    return tuned.table(table)
+    after, _ = predict(tuned, select, limit=len(base))
+    worse = judged.dislike(after, truth, base) > judged.dislike(before, truth, base)
+    then, now = (judged.say(judged.quality(out, truth, base)) for out in (before, after))
+    talk.say(f"  training in integers: {now} on held-back data for {then} before{', undone' if worse else ''}")
+    return table if worse else tuned.table(table)

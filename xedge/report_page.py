@@ -60,7 +60,7 @@ def _crops(report: Report, folder: Path | None) -> Iterator[dict[str, Any]]:
             if path is None or not path.is_file() or path.stat().st_size > MOST_BYTES:
                 continue
             uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-            score = f"{crop.psnr[name]:.2f} dB, {crop.ssim[name]:.4f}" if name in crop.psnr else "PSNR, SSIM"
+            score = f"{crop.psnr[name]:.2f} dB, SSIM {crop.ssim[name]:.4f}" if name in crop.psnr else "held out"
             shown.append({"name": caption, "uri": uri, "score": score})
         if shown:
             where = f"{crop.picture}, {crop.side}x{crop.side} at {crop.left}, {crop.top}"
