@@ -175,7 +175,11 @@ def hard_sigmoid(e: Emitter, node: Node) -> None:
 
 
 def prelu(e: Emitter, node: Node) -> None:
-    """PRelu with a constant slope that broadcasts over the batch."""
+    """PRelu with a constant slope that broadcasts over the batch.
+
+    In integers max(x, 0) + slope min(x, 0): PRELU's own int8 kernel computes one number at a time, and XNNPACK has
+    additions and multiplications. The result is rounded once, as there: one of the two terms is 0, exactly.
+    """
     slope = e.const(node, 1, "slope")
     assert slope is not None
     x = e.in_order(e.read(node))
@@ -186,8 +190,17 @@ def prelu(e: Emitter, node: Node) -> None:
     if rank < 2 or wide.shape[0] != 1:
         raise UnsupportedGraph("its slope differs between images", where=str(node), fix="use one slope per channel")
     grid = None if x.grid is None else _operand(e, node.inputs[1], slope)
-    alpha = e.on_grid(node.inputs[1], wide[0], grid)
-    e.finish(node, e.emit("PRELU", [x.index, alpha], x, node.outputs[0], grid=e.grid(node)))
+    alpha, out, name = e.on_grid(node.inputs[1], wide[0], grid), e.grid(node), node.outputs[0]
+    if out is None:
+        e.finish(node, e.emit("PRELU", [x.index, alpha], x, name))
+        return
+    assert x.grid is not None
+    zero, relu = e.on_grid(f"{name}/zero", np.zeros(1), Grid(x.grid.scale, 0)), activation((0.0, math.inf))
+    add, sub, mul = schema.AddOptionsT, schema.SubOptionsT, schema.MulOptionsT
+    plus = e.emit("ADD", [x.index, zero], x, f"{name}/positive", grid=x.grid, options=add(fusedActivationFunction=relu))
+    minus = e.emit("SUB", [x.index, plus.index], x, f"{name}/negative", grid=x.grid, options=sub())
+    minus = e.emit("MUL", [minus.index, alpha], x, f"{name}/sloped", grid=out, options=mul())
+    e.finish(node, e.emit("ADD", [plus.index, minus.index], x, name, grid=out, options=add()))
 
 
 def softmax(e: Emitter, node: Node) -> None:

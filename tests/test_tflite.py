@@ -23,6 +23,7 @@ import pytest
 import torch
 import torchvision
 from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -32,9 +33,12 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import nn
 
 from xedge.errors import UnsupportedGraph, UsageError
+from xedge.load import load_target
 from xedge.models.mobilenet import mobilenet_v1
 from xedge.models.resnet import resnet20
+from xedge.onnx_graph import export_float
 from xedge.targets import tflite
+from xedge.units import unit_artefact, units_of
 
 # ---------------------------------------------------------------------------------------------- making QDQ graphs
 
@@ -901,3 +905,25 @@ def test_a_layer_left_in_float_is_an_island_and_still_right() -> None:
 def test_the_target() -> None:
     assert (tflite.TARGET.name, tflite.TARGET.flavour, tflite.TARGET.suffix) == ("tflite", "litert", ".tflite")
     assert tflite.TARGET.compile is tflite.compile
+
+
+def test_integer_prelu_is_what_xnnpack_has_and_rounds_once() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.PReLU(8)).eval()
+    nn.init.uniform_(net[1].weight, -0.3, 1.3)
+    (unit,) = [u for u in units_of(export_float(net, (3, 16, 16), 17)) if u.kind == "PRelu"]
+    run = Interpreter(model_content=unit_artefact(unit, 8, 8, load_target("android")), num_threads=1)
+    run.allocate_tensors()
+    assert "PRELU" not in [d["op_name"] for d in run._get_ops_details()]
+    given, made = run.get_input_details()[0], run.get_output_details()[0]
+    q = np.random.default_rng(0).integers(-128, 128, given["shape"]).astype(np.int8)
+    run.set_tensor(given["index"], q)
+    run.invoke()
+    (step, zero), (out_step, out_zero) = given["quantization"], made["quantization"]
+    x, got = step * (q.astype(float) - zero), out_step * (run.get_tensor(made["index"]).astype(float) - out_zero)
+    slope = net[1].weight.detach().numpy().astype(float)
+    want = np.where(x > 0, x, slope * x)
+    inside = np.abs(want) < 120 * out_step
+    # half a step of rounding, and what half a step of a slope of eight bits makes of the largest input
+    assert np.abs(got - want)[inside].max() <= 0.51 * out_step + 0.5 * 1.6 / 255 * np.abs(x).max()
+    assert np.abs(got - x)[(x > 0) & inside].max() <= 1e-6
