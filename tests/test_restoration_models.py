@@ -16,6 +16,7 @@ from xedge.errors import UsageError
 from xedge.groups import find_groups
 from xedge.metrics import macs, parameters
 from xedge.models import BUILT_IN
+from xedge.models.hsrn import Block
 from xedge.models.upscale import Bicubic
 from xedge.onnx_graph import export_float
 from xedge.prune import certificate
@@ -64,6 +65,17 @@ def test_srcnn_at_the_size_of_pirm_has_its_multiply_adds() -> None:
     counted = macs(factory("srcnn")(scale=4), (3, 18, 32))  # a hundredth of 1280x720
     assert 100 * counted.total == 720 * 1280 * (81 * 3 * 64 + 25 * 64 * 32 + 25 * 32 * 3 + 3 * 25)
     assert 100 * counted.outside == 720 * 1280 * 3 * 25  # the fixed bicubic
+
+
+def test_the_stages_of_a_hierarchical_block_see_3_9_and_27_pixels() -> None:
+    block = Block(4).eval()
+    x = torch.zeros(1, 4, 41, 41, requires_grad=True)
+    y = x + 1
+    for window, side in zip(block.windows, (3, 9, 27), strict=True):
+        nn.init.ones_(window.weight)
+        y = window(y)
+        (felt,) = torch.autograd.grad(y[:, :, 20, 20].sum(), x, retain_graph=True)
+        assert int((felt[0, 0, 20] != 0).sum()) == int((felt[0, 0, :, 20] != 0).sum()) == side
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
