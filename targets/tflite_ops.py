@@ -130,14 +130,25 @@ def affine(e: Emitter, node: Node) -> None:
     e.finish(node, x)
 
 
+def _clamped(e: Emitter, x: Value, clip: tuple[float, float], grid: Grid, name: str) -> Value:
+    """A ReLU of integers, which may change the grid, fused into an addition of 0: XNNPACK has none by itself."""
+    assert x.grid is not None
+    zero = e.on_grid(f"{name}/zero", np.zeros(1), Grid(x.grid.scale, 0))
+    return e.emit(
+        "ADD", [x.index, zero], x, name, grid=grid, options=schema.AddOptionsT(fusedActivationFunction=activation(clip))
+    )
+
+
 def clip(e: Emitter, node: Node) -> None:
     """Relu and Clip that no operator before them could take in."""
     if node.clip is None:
         raise UnsupportedGraph("its bounds are computed while it runs", where=str(node), fix="make them constants")
     x, grid = e.read(node), e.grid(node)
     if node.clip in ((0.0, math.inf), (0.0, 6.0)):
-        code = "RELU" if math.isinf(node.clip[1]) else "RELU6"
-        made = e.emit(code, [x.index], x, node.outputs[0], grid=grid)  # these may change the grid
+        if x.grid is not None and grid is not None:
+            made = _clamped(e, x, node.clip, grid, node.outputs[0])
+        else:
+            made = e.emit("RELU" if math.isinf(node.clip[1]) else "RELU6", [x.index], x, node.outputs[0])
         e.finish(node, replace(made, columns=x.columns))
         return
     x = e.on(e.in_order(x), grid) if grid is not None else e.in_order(x)
@@ -195,9 +206,8 @@ def prelu(e: Emitter, node: Node) -> None:
         e.finish(node, e.emit("PRELU", [x.index, alpha], x, name))
         return
     assert x.grid is not None
-    zero, relu = e.on_grid(f"{name}/zero", np.zeros(1), Grid(x.grid.scale, 0)), activation((0.0, math.inf))
     add, sub, mul = schema.AddOptionsT, schema.SubOptionsT, schema.MulOptionsT
-    plus = e.emit("ADD", [x.index, zero], x, f"{name}/positive", grid=x.grid, options=add(fusedActivationFunction=relu))
+    plus = _clamped(e, x, (0.0, math.inf), x.grid, f"{name}/positive")
     minus = e.emit("SUB", [x.index, plus.index], x, f"{name}/negative", grid=x.grid, options=sub())
     minus = e.emit("MUL", [minus.index, alpha], x, f"{name}/sloped", grid=out, options=mul())
     e.finish(node, e.emit("ADD", [plus.index, minus.index], x, name, grid=out, options=add()))
