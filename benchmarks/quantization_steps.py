@@ -40,6 +40,7 @@ from xedge.ranges import Calibration, RangeRule, calibrate, patch_moments
 from xedge.rounding import choose_ridges
 from xedge.sensitivity import Sample, distortions
 from xedge.teacher import Teacher
+from xedge.twins import Image
 
 CLASSIFIERS = ("resnet20", "lenet5")
 JUDGED = 2000
@@ -88,6 +89,10 @@ class Bench:
         seen = choose_ridges(proto, seen, patch_moments(proto, (x for x, _ in self.held())))
         return Subject(model, proto, seen, time.monotonic() - started)
 
+    def pictures(self) -> tuple[list[Image], list[Image]]:
+        """What layers are fitted on, and what judges that."""
+        return [x for x, _ in self.samples()], [x for x, _ in self.held()]
+
     def equalised(self) -> Subject:
         """The same model with equalised channels."""
         model = copy.deepcopy(self.plain.model)
@@ -132,6 +137,12 @@ class Bench:
             self.row(f"weights, `{how}`", self.run(dequantised(s.proto, made.weights)), made.mean_bits(), took)
             if how == "output":
                 best = found
+        started = time.monotonic()
+        made = quantize(s.proto, s.calibration, mean_bits=bits, tables=best, images=self.pictures())
+        took = time.monotonic() - started
+        self.row("weights, `output`, fitted", self.run(dequantised(s.proto, made.weights)), made.mean_bits(), took)
+        got = self.run(write_flavour(s.proto, made, "litert"))
+        self.row("and activations, `mse`, fitted", got, made.mean_bits(), took)
         started = time.monotonic()
         near = self.tables(s, "output", feedback=False)
         took = time.monotonic() - started

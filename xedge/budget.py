@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,13 +69,15 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
     """
     request = loaded.request
     calibration = calibrated(loaded, proto)
-    tables = None
+    tables, images = None, None
     if request.bits < 8 or request.codebook or request.bytes is not None or request.bits_drop is not None:
         talk.say(f"  sensitivity: {request.sensitivity}")
         tables = distortions(
             request.sensitivity, model, proto, calibration, lambda: samples(loaded), loaded.teacher,
             held=lambda: held(loaded), feedback=request.feedback, seed=request.seed,
         )  # fmt: skip
+        if request.fit and not request.codebook:
+            images = ([x for x, _ in samples(loaded)], [x for x, _ in held(loaded)])
 
     counts = {la.name: la.rows.size for la in layers_of(proto, calibration.patches).values()}
     floats = {n for n in counts if request.keep_float is not None and re.search(request.keep_float, n)}
@@ -86,7 +89,7 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
             least = protected
 
     def at(bits: float) -> ScaleTable:
-        method = quantize_by_codebook if request.codebook else quantize
+        method = quantize_by_codebook if request.codebook else partial(quantize, images=images)
         return method(
             proto, calibration, mean_bits=bits, tables=tables, feedback=request.feedback,
             correct=request.bias_correction, rule=request.ranges, least=least, keep_float=floats,

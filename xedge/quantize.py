@@ -7,7 +7,7 @@ delta_o^T Q_o delta_o; `sensitivity` has five choices of Q. `bits.allocate` spen
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from xedge.errors import UsageError
 from xedge.onnx_graph import Graph
 from xedge.ranges import Calibration, RangeRule, shared_ranges
 from xedge.rounding import CORRECTED, Array, Bits, Layer, channel_axis, from_rows, layers_of, rounded, weight_counts
+from xedge.twins import Image, Twins
 
 Sensitivity = Literal["output", "di", "kfac", "uniform", "mse"]
 """Which errors hurt: see `xedge.sensitivity`."""
@@ -50,6 +51,11 @@ class WeightScale:
     axis: int
     values: NDArray[np.int8]
     bias: NDArray[np.float32] | None
+
+    def rounded(self) -> NDArray[np.float32]:
+        """The weights as they are now, of the shape of the initializer."""
+        shape = [-1 if i == self.axis else 1 for i in range(self.values.ndim)]
+        return self.values.astype(np.float32) * self.scale.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ def quantize(
     rule: RangeRule = "mse",
     least: Mapping[str, int] | None = None,
     keep_float: Collection[str] = (),
+    images: tuple[Sequence[Image], Sequence[Image]] | None = None,
 ) -> ScaleTable:
     """Choose bits, scales and integers for every weight, and a range for every tensor.
 
@@ -154,6 +161,8 @@ def quantize(
         rule: how the ranges of the activations are chosen.
         least: layer -> least bits of its channels.
         keep_float: layers whose weights and results stay float; no mean of bits counts them.
+        images: [1, C, H, W] each, on which layers are fitted to the rounded ones in front of them, and others that
+            judge the fit (`xedge.twins`); without them no layer is.
 
     Raises:
         UsageError: the budget lies outside 2 to 8 bits, or below what `least` asks for.
@@ -165,7 +174,7 @@ def quantize(
     if not layers:
         raise UsageError("no layer is left to quantise", fix="keep fewer float with --keep-float")
     chosen = _choose(layers, mean_bits, tables, least or {}, feedback)
-    return round_to(proto, calibration, chosen, feedback=feedback, correct=correct, rule=rule)
+    return round_to(proto, calibration, chosen, feedback=feedback, correct=correct, rule=rule, images=images)
 
 
 def round_to(
@@ -176,11 +185,14 @@ def round_to(
     feedback: bool = True,
     correct: bool = True,
     rule: RangeRule = "mse",
+    images: tuple[Sequence[Image], Sequence[Image]] | None = None,
 ) -> ScaleTable:
     """`quantize` with the bits of each output channel given, by weight name; other layers stay float."""
     layers = {n: la for n, la in layers_of(proto, calibration.patches).items() if n in bits}
     ranges = float_ranges(proto, calibration, rule, layers)
-    return ScaleTable(round_layers(proto, layers, bits, ranges, feedback=feedback, correct=correct), ranges)
+    twins = None if images is None else Twins(proto, *images)
+    weights = round_layers(proto, layers, bits, ranges, feedback=feedback, correct=correct, twins=twins)
+    return ScaleTable(weights, ranges)
 
 
 def float_ranges(
@@ -202,19 +214,34 @@ def round_layers(
     *,
     feedback: bool = True,
     correct: bool = True,
+    twins: Twins | None = None,
 ) -> dict[str, WeightScale]:
-    """Scales, integers and biases of layers whose bits are chosen; `ranges` of the activations keep biases in int32."""
+    """Scales, integers and biases of layers whose bits are chosen; `ranges` of the activations keep biases in int32.
+
+    With `twins` each layer is fitted first to what the rounded ones in front of it give it.
+    """
     graph, weights = Graph(proto), {}
     for name, layer in layers.items():
-        q, scale = rounded(layer, bits[name], feedback=feedback, least=least_scale(graph, layer, ranges))
-        weights[name] = weight_scale(graph, name, layer, bits[name], q, scale, correct=correct)
+        fitted, shift = (layer, None) if twins is None else twins.fit(layer)
+        q, scale = rounded(fitted, bits[name], feedback=feedback, least=least_scale(graph, layer, ranges))
+        weights[name] = made = weight_scale(graph, name, fitted, bits[name], q, scale, correct=correct, shift=shift)
+        if twins is not None:
+            twins.put(layer, made.rounded(), made.bias)
     return weights
 
 
 def weight_scale(
-    graph: Graph, name: str, layer: Layer, bits: Bits, q: Array, scale: Array, *, correct: bool
+    graph: Graph,
+    name: str,
+    layer: Layer,
+    bits: Bits,
+    q: Array,
+    scale: Array,
+    *,
+    correct: bool,
+    shift: Array | None = None,
 ) -> WeightScale:
-    """A rounded layer as the table has it: integers q [O, T, K] in steps of scale [O]."""
+    """A rounded layer as the table has it: integers q [O, T, K] in steps of scale [O]; `shift` [O] of its bias."""
     error = layer.rows - q * scale[:, None, None]
     return WeightScale(
         layer=layer.name,
@@ -222,7 +249,7 @@ def weight_scale(
         bits=bits.astype(np.uint8),
         axis=channel_axis(layer.node),
         values=np.ascontiguousarray(from_rows(layer.node, q.astype(np.int8), graph.array(name).shape)),
-        bias=_bias(graph, layer, error if correct else np.zeros_like(error)),
+        bias=_bias(graph, layer, error if correct else np.zeros_like(error), shift if correct else None),
     )
 
 
@@ -235,8 +262,7 @@ def dequantised(proto: ModelProto, weights: Mapping[str, WeightScale]) -> ModelP
         w = weights.get(node.input[1]) if len(node.input) > 1 else None
         if w is None:
             continue
-        shape = [-1 if i == w.axis else 1 for i in range(w.values.ndim)]
-        values[node.input[1]] = w.values.astype(np.float32) * w.scale.reshape(shape)
+        values[node.input[1]] = w.rounded()
         if w.bias is not None:
             bias = f"{node.output[0]}.bias"
             values[bias] = w.bias
@@ -309,12 +335,12 @@ def least_scale(graph: Graph, layer: Layer, ranges: Mapping[str, tuple[float, fl
     return np.abs(_float_bias(graph, layer)) / (2.0**BIAS_BITS * float(asymmetric(*span)[0]))
 
 
-def _bias(graph: Graph, layer: Layer, error: Array) -> NDArray[np.float32] | None:
+def _bias(graph: Graph, layer: Layer, error: Array, shift: Array | None) -> NDArray[np.float32] | None:
     node, count = layer.node, len(layer.rows)
     if node.op_type == "MatMul":
         return None
     bias = _float_bias(graph, layer)
     if node.op_type in CORRECTED:
         mean = np.repeat(layer.mean, count // layer.groups, 0)
-        bias = bias + (error[:, 0] * mean).sum(1)
+        bias = bias + (error[:, 0] * mean).sum(1) + (0.0 if shift is None else shift)
     return bias.astype(np.float32)

@@ -35,8 +35,8 @@ PICTURE_RATE, PICTURE_BATCH = 5e-4, 16
 
 
 _QUANTISATION = (
-    "bits", "bytes", "bits_drop", "sensitivity", "ranges", "feedback", "bias_correction", "equalize", "keep_float",
-    "bits_min", "codebook",
+    "bits", "bytes", "bits_drop", "sensitivity", "ranges", "feedback", "bias_correction", "fit", "equalize",
+    "keep_float", "bits_min", "codebook",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class Request:
     ranges: RangeRule = "mse"
     feedback: bool = True
     bias_correction: bool = True
+    fit: bool = True
     equalize: bool = False
     keep_float: str | None = None
     bits_min: tuple[tuple[int, str], ...] = ()
