@@ -157,10 +157,7 @@ def integers(bench: Bench, bits: float, how: str) -> tuple[ScaleTable, float]:
     if how != "xedge":
         tables = distortions("uniform", bench.model, bench.proto, calibration, bench.samples, bench.teacher)
     plain = how == "nearest"
-    images = ([x for x, _ in bench.samples()], [x for x, _ in bench.held()]) if how == "xedge" else None
-    made = quantize(
-        bench.proto, calibration, mean_bits=bits, tables=tables, feedback=not plain, correct=not plain, images=images
-    )
+    made = quantize(bench.proto, calibration, mean_bits=bits, tables=tables, feedback=not plain, correct=not plain)
     return made, seconds + time.monotonic() - started
 
 

@@ -30,6 +30,7 @@ from xedge.ranges import Calibration, calibrate, for_pictures, last_layers, patc
 from xedge.rounding import choose_ridges, layers_of
 from xedge.sensitivity import Sample, distortions
 from xedge.train import predict
+from xedge.twins import Image
 
 if TYPE_CHECKING:
     from xedge.progress import Talk
@@ -69,15 +70,13 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
     """
     request = loaded.request
     calibration = calibrated(loaded, proto)
-    tables, images = None, None
+    tables = None
     if request.bits < 8 or request.codebook or request.bytes is not None or request.bits_drop is not None:
         talk.say(f"  sensitivity: {request.sensitivity}")
         tables = distortions(
             request.sensitivity, model, proto, calibration, lambda: samples(loaded), loaded.teacher,
             held=lambda: held(loaded), feedback=request.feedback, seed=request.seed,
         )  # fmt: skip
-        if request.fit and not request.codebook:
-            images = ([x for x, _ in samples(loaded)], [x for x, _ in held(loaded)])
 
     counts = {la.name: la.rows.size for la in layers_of(proto, calibration.patches).values()}
     floats = {n for n in counts if request.keep_float is not None and re.search(request.keep_float, n)}
@@ -89,7 +88,7 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
             least = protected
 
     def at(bits: float) -> ScaleTable:
-        method = quantize_by_codebook if request.codebook else partial(quantize, images=images)
+        method = quantize_by_codebook if request.codebook else partial(quantize, images=fitted_on(loaded) if tables else None)
         return method(
             proto, calibration, mean_bits=bits, tables=tables, feedback=request.feedback,
             correct=request.bias_correction, rule=request.ranges, least=least, keep_float=floats,
@@ -170,6 +169,11 @@ def held(loaded: Loaded) -> Iterator[Sample]:
     data = loaded.data
     for x, y in batches(data.select, 1, shuffle_seed=loaded.request.seed, limit=enough(data.select, HELD)):
         yield x.numpy(), y[0] if data.restores else int(y[0])
+
+
+def fitted_on(loaded: Loaded) -> tuple[list[Image], list[Image]] | None:
+    """With --fit the images that layers are fitted on, and those that judge it."""
+    return ([x for x, _ in samples(loaded)], [x for x, _ in held(loaded)]) if loaded.request.fit else None
 
 
 def _trial(table: ScaleTable, proto: ModelProto, target: Target, folder: Path) -> Path:

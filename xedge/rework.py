@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from xedge.budget import calibrated
+from xedge.budget import calibrated, fitted_on
 from xedge.errors import InternalError
 from xedge.groups import Groups
 from xedge.iterate import compose, restore
@@ -99,8 +99,9 @@ def without_silent(run: Run, loaded: Loaded, at: Rounded, groups: Groups, talk: 
     def rounded(path: Path) -> None:
         proto = onnx.load(floats)
         table = round_to(
-            proto, calibrated(loaded, proto), bits, feedback=r.feedback, correct=r.bias_correction, rule=r.ranges
-        )
+            proto, calibrated(loaded, proto), bits, feedback=r.feedback, correct=r.bias_correction, rule=r.ranges,
+            images=fitted_on(loaded),
+        )  # fmt: skip
         if set(table.weights) != set(bits):
             raise InternalError("the cut net's weights have other names", where=str(floats), fix="--bits-min 1 .")
         table.save(path)

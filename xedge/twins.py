@@ -100,12 +100,12 @@ class Twins:
                 del own.input[1:]
                 own.input.extend([*given, *rest])
             nodes.append(own)
-        infos = [
+        inputs, outputs = (
             [helper.make_tensor_value_info(n, graph.types.get(n, TensorProto.FLOAT), None) for n in side]
             for side in (feeds, new)
-        ]
+        )
         made = helper.make_model(
-            helper.make_graph(nodes, "stretch", *infos, list(constants.values())),
+            helper.make_graph(nodes, "stretch", inputs, outputs, list(constants.values())),
             opset_imports=graph.model.opset_import,
             ir_version=graph.model.ir_version,
         )
