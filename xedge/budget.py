@@ -88,7 +88,11 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
             least = protected
 
     def at(bits: float) -> ScaleTable:
-        method = quantize_by_codebook if request.codebook else partial(quantize, images=fitted_on(loaded) if tables else None)
+        method = (
+            quantize_by_codebook
+            if request.codebook
+            else partial(quantize, images=fitted_on(loaded) if tables else None)
+        )
         return method(
             proto, calibration, mean_bits=bits, tables=tables, feedback=request.feedback,
             correct=request.bias_correction, rule=request.ranges, least=least, keep_float=floats,
