@@ -344,7 +344,9 @@ def test_the_cache_is_the_users_and_of_this_device(monkeypatch: pytest.MonkeyPat
         others = {latency.cache_file(device, target, {"cpu_model": "b"})}
         others |= {latency.cache_file(device, load_target("host-cpu"), {"cpu_model": "a"})}
         others |= {latency.cache_file(device, target, {"cpu_model": "a", "runtime_version": "2"})}
-        assert len({*others, *same}) == 4
+        monkeypatch.setattr(latency, "writers", lambda: ["another"])
+        others |= {latency.cache_file(device, target, {"cpu_model": "a"})}
+        assert len({*others, *same}) == 5
 
 
 def test_an_emulated_device_has_no_latency_budget() -> None:

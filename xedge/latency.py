@@ -23,6 +23,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,12 @@ def cache_folder() -> Path:
     return base / "xedge" / "latency"
 
 
+def writers() -> list[str]:
+    """Digests of the modules that write artefacts: what another writer makes takes another time."""
+    targets = Path(str(files("xedge.targets")))
+    return [digest_file(p) for p in (Path(__file__).with_name("units.py"), *sorted(targets.glob("*.py")))]
+
+
 def cache_file(device: Device, target: Target, facts: Mapping[str, Any]) -> Path:
     """Of a device, by what it is and how the artefacts for it are written."""
     known = {k: facts.get(k) for k in _STABLE}
@@ -424,7 +431,7 @@ def cache_file(device: Device, target: Target, facts: Mapping[str, Any]) -> Path
         list(device.cpus),
         target.flavour,
         target.suffix,
-        digest_file(Path(__file__).with_name("units.py")),
+        *writers(),
     ]
     name = re.sub(r"[^A-Za-z0-9.]+", "-", device.name).strip("-") or "device"
     return cache_folder() / f"{name}-{digest_json([known, own])[:16]}.json"
