@@ -117,7 +117,8 @@ def choose(
     observed = observe_training(model, now, data, teacher, settings, gradients=True)
     scores = score_all(load.load_criterion(settings.criterion), now, observed)
     sizes = {n: originals[n] for n in scores}
-    reach = reachable(costs, {n: (now[n].size, sizes[n]) for n in scores}, settings.align)
+    ends = {n: (now[n].size, sizes[n]) for n in scores}
+    reach = reachable(costs, ends, settings.align)
     if reach >= costs.total({}) or not scores:
         return None
     target = max(target, reach)  # an iteration may have to stop short; the loop ends when nothing more goes
@@ -158,7 +159,8 @@ def choose(
     if not tried:
         return None
     chosen = min(tried, key=lambda h: (tried[h][0] if math.isfinite(tried[h][0]) else math.inf, h))
-    free = by(chosen, 1) if settings.align > 1 else None
+    # Measured milliseconds need not fall with every channel: widths of any size may not get as far as aligned ones.
+    free = by(chosen, 1) if settings.align > 1 and reachable(costs, ends, 1) <= target else None
     losses = {h: t[0] for h, t in tried.items()}
     if settings.fold and head(data.train):
         losses["sequential"] = felt(tried[chosen][1], sequential=True)[0]
