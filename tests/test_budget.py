@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import tiny
 
-from xedge import cli
+from xedge import cli_types
 from xedge.budget import _last
 from xedge.quantize import ScaleTable
 
@@ -36,7 +36,7 @@ def test_the_bisection_finds_the_edge_in_few_trials(edge: int) -> None:
     ("text", "size"), [("300000", 300_000), ("300kB", 300_000), ("1.5MB", 1_500_000), ("2 KiB", 2048), ("7B", 7)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli.SIZE.convert(text, None, None) == size
+    assert cli_types.SIZE.convert(text, None, None) == size
 
 
 def test_packed_bytes_and_drop(xedge: Xedge, weights: Path, tmp_path: Path) -> None:

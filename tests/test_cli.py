@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from xedge import cli, iterate, pipeline
+from xedge import cli, cli_types, iterate, pipeline
 from xedge.choose import Settings
 from xedge.plan import Budget
 from xedge.report import markdown, read_json
@@ -86,7 +86,7 @@ def test_every_option_of_compress_reaches_the_request(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("50%", 0.5), (" 0.5% ", 0.005), ("1e-2", 0.01), ("0", 0.0)])
 def test_fractions(text: str, value: float) -> None:
-    assert cli.FRACTION.convert(text, None, None) == pytest.approx(value)
+    assert cli_types.FRACTION.convert(text, None, None) == pytest.approx(value)
 
 
 def test_widths_are_multiples_of_the_targets_align_and_the_report_has_their_price(finished: Path) -> None:
@@ -114,13 +114,13 @@ def test_widths_are_multiples_of_the_targets_align_and_the_report_has_their_pric
 
 @pytest.mark.parametrize(("text", "ms"), [("30ms", 30), ("0.03s", 30), ("800us", 0.8), (" 30 ", 30), ("1e1 ms", 10)])
 def test_durations(text: str, ms: float) -> None:
-    assert cli.DURATION.convert(text, None, None) == pytest.approx(ms)
+    assert cli_types.DURATION.convert(text, None, None) == pytest.approx(ms)
 
 
 @pytest.mark.parametrize("text", ["", "fast", "0", "-1ms", "nan", "infs", "30 min"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(click.BadParameter, match="no time such as 30ms"):
-        cli.DURATION.convert(text, None, None)
+        cli_types.DURATION.convert(text, None, None)
 
 
 def test_a_run_prints_its_report_on_stdout_and_its_progress_on_stderr(
