@@ -1,4 +1,4 @@
-"""Stands on the device between the host and what runs there. One file, the standard library, Python 3.8+, Linux.
+"""Stands on the device between the host and what runs there. Sent as one file; standard library, Python 3.8+, Linux.
 
     python supervisor.py TOKEN LEASE        LEASE: seconds without a word from the host after which everything ends
 

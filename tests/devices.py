@@ -111,3 +111,10 @@ def all_gone(file: Path) -> bool:
     found = pids(file)
     assert len(found) == 3
     return comes_true(lambda: not any(map(alive, found)))
+
+
+PYTHON = sys.executable
+
+
+def tree(file: Path, seconds: float = 300) -> list[str]:
+    return [PYTHON, "-c", TREE, str(file), str(seconds)]

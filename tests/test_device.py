@@ -1,24 +1,18 @@
-"""Device, device files, and the supervised transport on this host: real files, real processes, injected faults."""
+"""Devices, device files, and what a transport does on this host: real files, real processes."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import hashlib
-import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from devices import RELAY, TREE, all_gone, broken, comes_true, local, pids, wire
+from devices import PYTHON, all_gone, local, tree
+from own_lock import lock
 
 from xedge.device import describe, open_device
 from xedge.errors import DeviceError, UsageError
@@ -26,23 +20,13 @@ from xedge.transports import supervised
 from xedge.transports.base import Transport
 from xedge.transports.supervised import Supervised, sha256
 
-PYTHON = sys.executable
-
-
-@pytest.fixture(autouse=True)
-def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XEDGE_LOCK", str(tmp_path / "lock"))
-    return tmp_path / "lock"
+__all__ = ["lock"]
 
 
 @pytest.fixture
 def here() -> Iterator[Supervised]:
     with contextlib.closing(local()) as transport:
         yield transport
-
-
-def tree(file: Path, seconds: float = 300) -> list[str]:
-    return [PYTHON, "-c", TREE, str(file), str(seconds)]
 
 
 # ------------------------------------------------------------------------------------------------ addresses and files
@@ -232,288 +216,3 @@ def test_nothing_piles_up_over_many_commands(here: Supervised) -> None:
     for _ in range(30):
         here.run(["true"], 10)
     assert state() == before
-
-
-# ------------------------------------------------------------------------------------- whoever dies, nothing stays
-
-
-HOST = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from devices import TREE, local
-here = local(wait=0.0, lease=float(sys.argv[4]))
-Path(sys.argv[2]).write_text(str(here.folder))
-here.run([sys.executable, "-c", TREE, sys.argv[3], "300"], 300)
-"""
-
-
-def host(tmp_path: Path, lease: float = 20.0) -> subprocess.Popen[bytes]:
-    """Another process that holds the device and runs a TREE on it."""
-    words = [PYTHON, "-c", HOST, str(Path(__file__).parent), tmp_path / "folder", tmp_path / "pids", str(lease)]
-    return subprocess.Popen(words, stderr=subprocess.DEVNULL)
-
-
-def supervisor(tree_pid: int) -> int:
-    return int(Path(f"/proc/{tree_pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_host_that_dies_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    process = host(tmp_path)
-    pids(tmp_path / "pids")
-    process.send_signal(number)
-    try:
-        process.wait(20)
-    finally:
-        process.kill()
-        process.wait()
-    assert all_gone(tmp_path / "pids")
-    assert comes_true(lambda: not Path((tmp_path / "folder").read_text()).exists())
-    with contextlib.closing(local(wait=5.0)):
-        pass  # the lock is free
-
-
-def test_a_frozen_host_leaves_nothing_after_its_lease(tmp_path: Path) -> None:
-    process = host(tmp_path, lease=2.0)
-    pids(tmp_path / "pids")
-    process.send_signal(signal.SIGSTOP)
-    try:
-        assert all_gone(tmp_path / "pids")
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_a_host_that_is_busy_elsewhere_keeps_its_lease(tmp_path: Path) -> None:
-    with contextlib.closing(local(lease=2.0)) as transport:
-        time.sleep(4)
-        assert transport.run(["echo", "still"], 5).stdout == "still\n"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_supervisor_that_is_told_to_end_takes_all_with_it(tmp_path: Path, number: signal.Signals) -> None:
-    process = host(tmp_path)
-    os.kill(supervisor(pids(tmp_path / "pids")[0]), number)
-    assert process.wait(20) == 1
-    assert all_gone(tmp_path / "pids")
-    assert not Path((tmp_path / "folder").read_text()).exists()
-
-
-def test_a_supervisor_killed_outright_takes_its_command_along_and_the_next_one_sweeps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    process = host(tmp_path)
-    command, *rest = pids(tmp_path / "pids")
-    os.kill(supervisor(command), signal.SIGKILL)
-    assert process.wait(20) == 1
-    assert comes_true(lambda: not Path(f"/proc/{command}").exists())
-    for pid in rest:  # SIGKILL leaves a supervisor no time for its grandchildren
-        os.kill(pid, signal.SIGKILL)
-    left = Path((tmp_path / "folder").read_text())
-    assert left.exists()
-    said: list[str] = []
-    with contextlib.closing(local(wait=0.0, say=said.append)):
-        assert not left.exists()
-    assert len(said) == 1
-    assert said[0].startswith(f"local: took over the lock of a job that died, {os.uname().nodename}:{process.pid}")
-
-
-def test_only_folders_of_the_dead_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    with contextlib.closing(local()) as one:
-        owner = json.loads((one.folder / ".owner").read_text())
-        for name, change in {"pid": {"start": 1}, "boot": {"boot": "another"}, "torn": None}.items():
-            (tmp_path / f"xedge-{name}").mkdir()
-            text = json.dumps({**owner, **change}) if change else '{"pid": 1'
-            (tmp_path / f"xedge-{name}" / ".owner").write_text(text)
-        (tmp_path / "xedge-theirs").mkdir()
-        with contextlib.closing(local()) as two:
-            left = {path.name for path in tmp_path.glob("xedge-*")}
-    assert left == {one.folder.name, two.folder.name, "xedge-theirs", "xedge-torn"}
-
-
-# ---------------------------------------------------------------------------------------------------- the lock
-
-
-def test_a_second_job_queues_and_says_for_whom(tmp_path: Path) -> None:
-    first = host(tmp_path)
-    pids(tmp_path / "pids")
-    said: list[str] = []
-
-    def end() -> None:
-        if comes_true(lambda: bool(said)):
-            first.kill()
-
-    killer = threading.Thread(target=end)
-    killer.start()
-    with contextlib.closing(local(wait=20.0, say=said.append)) as second:
-        assert second.run(["true"], 5).exit_code == 0
-        assert all_gone(tmp_path / "pids")
-    killer.join()
-    first.wait()
-    assert len(said) == 1
-    assert said[0].startswith(f"waiting for local: in use by {os.uname().nodename}:{first.pid} (pid ")
-
-
-def test_a_queue_that_is_too_long_is_a_device_error(tmp_path: Path) -> None:
-    first = host(tmp_path)
-    try:
-        pids(tmp_path / "pids")
-        with pytest.raises(DeviceError, match=r"local: still in use by .* after 0.3 s"):
-            local(wait=0.3)
-        with contextlib.closing(local()) as looking:  # without the lock: no queue
-            assert looking.facts()["system"].startswith("Linux")
-    finally:
-        first.kill()
-        first.wait()
-
-
-def test_one_process_may_open_a_device_twice() -> None:
-    with open_device("local", wait=0.0), open_device("local", wait=0.0) as again:
-        assert again.transport.run(["true"], 5).exit_code == 0
-
-
-@pytest.mark.parametrize("text", ["", "nonsense", "[1]", '{"pid": "x"}', "x" * 9000])
-def test_what_lies_in_the_lock_does_not_matter(lock: Path, text: str) -> None:
-    lock.write_text(text)
-    with contextlib.closing(local(wait=0.0)):
-        assert json.loads(lock.read_text())["owner"] == f"{os.uname().nodename}:{os.getpid()}"
-    assert lock.read_text() == ""
-
-
-def test_a_lock_that_is_a_link_is_not_followed(lock: Path, tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("data")
-    lock.symlink_to(tmp_path / "precious")
-    with pytest.raises(DeviceError, match="cannot open the lock"):
-        local(wait=0.0)
-    assert (tmp_path / "precious").read_text() == "data"
-
-
-# ------------------------------------------------------------------------------------------------- wires that break
-
-
-def use(transport: Supervised, tmp_path: Path) -> None:
-    """Every phase there is."""
-    (tmp_path / "net").write_bytes(b"w" * 300_000)
-    with contextlib.closing(transport):
-        remote = transport.push(tmp_path / "net")
-        transport.run(tree(tmp_path / "pids", 0), 20)
-        transport.pull(remote, tmp_path / "back")
-
-
-PHASES = ['"have"', '"put"', '"seal"', '"run"', '"get"']
-
-
-@pytest.mark.parametrize("cue", PHASES)
-def test_a_wire_cut_in_any_phase_is_a_device_error_and_leaves_nothing(cue: str, tmp_path: Path) -> None:
-    transport = broken(cue, "cut")
-    with pytest.raises(DeviceError, match=r"local: the supervisor ended|cannot fetch") as caught:
-        use(transport, tmp_path)
-    assert caught.value.exit_code == 5
-    assert comes_true(lambda: not transport.folder.exists())
-    assert not list(tmp_path.glob("back*"))
-    assert cue not in PHASES[3:] or not (tmp_path / "pids").exists() or all_gone(tmp_path / "pids")
-
-
-@pytest.mark.parametrize("cue", PHASES)
-def test_a_device_that_falls_silent_in_any_phase_is_given_up(cue: str, tmp_path: Path) -> None:
-    transport = broken(cue, "mute")
-    start = time.monotonic()
-    with pytest.raises(DeviceError, match=r"no sign of life for [13] s"):
-        use(transport, tmp_path)
-    assert time.monotonic() - start < 30
-    assert comes_true(lambda: not transport.folder.exists())
-    assert not list(tmp_path.glob("back*"))
-
-
-def test_a_supervisor_that_is_frozen_is_given_up_also_in_the_midst_of_a_push(tmp_path: Path) -> None:
-    started: list[int] = []
-
-    def connect(words: list[str]):  # type: ignore[no-untyped-def]
-        made = wire()(words)
-        started.append(int(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()[-1]))
-        return made
-
-    (tmp_path / "net").write_bytes(b"w" * 3_000_000)
-    with contextlib.closing(local(connect, lease=1.0)) as transport:
-        os.kill(started[0], signal.SIGSTOP)
-        with pytest.raises(DeviceError, match=r"no sign of life|took nothing for 1 s"):
-            transport.push(tmp_path / "net")
-    assert not Path(f"/proc/{started[0]}").exists()
-    shutil.rmtree(transport.folder)
-
-
-def test_a_push_that_arrives_damaged_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "net").write_bytes(b"w" * 300_000)
-    transport = broken('"put"', "flip")
-    with contextlib.closing(transport), pytest.raises(DeviceError, match="net to local: arrived with another checksum"):
-        transport.push(tmp_path / "net")
-    assert not (transport.folder / sha256(tmp_path / "net")[:16] / "net").exists()
-
-
-def test_an_answer_that_arrives_damaged_is_refused(tmp_path: Path) -> None:
-    with contextlib.closing(broken('"facts"', "garble")) as transport, pytest.raises(DeviceError, match="garbled"):
-        transport.facts()
-
-
-def test_greetings_of_a_login_shell_are_no_answers() -> None:
-    greeting = ["sh", "-c", 'echo "Welcome to {"; printf "no newline"; exec "$@"', "sh"]
-    with contextlib.closing(local(wire(*greeting))) as transport:
-        assert transport.run(["echo", "hi"], 5).stdout == "hi\n"
-
-
-def test_what_is_no_supervisor_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DeviceError, match="garbage"):
-        local(wire("sh", "-c", "tr '\\0' x </dev/zero"))
-    with pytest.raises(DeviceError, match=r"the supervisor ended .exit code 3"):
-        local(wire("sh", "-c", "exit 3"))
-    with pytest.raises(DeviceError, match=r"the supervisor ended .*no-such-python"):
-        local(wire("sh", "-c", "no-such-python"))
-    monkeypatch.setattr(supervised, "CONNECT", 1.0)
-    for mute in ("exec sleep 60", "while echo hello; do :; done"):
-        with pytest.raises(DeviceError, match="no sign of life for 1 s"):
-            local(wire("sh", "-c", mute))
-
-
-def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path: Path) -> None:
-    (tmp_path / "net").write_bytes(b"w" * 300_000)
-    with contextlib.closing(local(wire("prlimit", "--fsize=100000"))) as transport:
-        with pytest.raises(DeviceError, match=r"net to local: cannot write in .*: File too large; check its disk"):
-            transport.push(tmp_path / "net")
-        assert not [path for path in transport.folder.rglob("net*") if path.is_file()]
-        (tmp_path / "small").write_bytes(b"w")
-        transport.push(tmp_path / "small")
-
-
-def test_no_room_for_the_folder_at_all() -> None:
-    with pytest.raises(DeviceError, match=r"local: .*(No usable temporary directory|File too large)"):
-        local(wire("prlimit", "--fsize=1"))
-
-
-def test_a_clock_that_jumps_ends_nothing_early(tmp_path: Path) -> None:
-    if shutil.which("faketime") is None:
-        pytest.skip("needs faketime: apt-get install faketime")
-    stamp = tmp_path / "time"
-    stamp.write_text("+0\n")
-    library = subprocess.run(
-        ["faketime", "-f", "+0", "sh", "-c", "echo $LD_PRELOAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    clock = ["env", f"LD_PRELOAD={library}", f"FAKETIME_TIMESTAMP_FILE={stamp}", "FAKETIME_NO_CACHE=1"]
-    clock += ["FAKETIME_DONT_FAKE_MONOTONIC=1"]
-    code = "import select, time; a = time.time(); select.select([], [], [], 2); print(time.time() - a)"
-    with contextlib.closing(local(wire(*clock), lease=3.0)) as transport:
-        jump = threading.Timer(1.0, stamp.write_text, ("-86400\n",))
-        jump.start()
-        done = transport.run([PYTHON, "-c", code], 20)
-        jump.join()
-    assert float(done.stdout) < -80_000, "the clock did not jump: this test proves nothing"
-
-
-def test_the_relay_by_itself_breaks_nothing(tmp_path: Path) -> None:
-    use(local(wire(PYTHON, "-c", RELAY, "never said", "cut")), tmp_path)
-    assert (tmp_path / "back").read_bytes() == b"w" * 300_000
-    assert all_gone(tmp_path / "pids")

@@ -76,8 +76,8 @@ def test_channels_that_say_nothing_or_nothing_new_go_first() -> None:
 
 
 def test_deleterious_by_hand() -> None:
-    """Two classes of two. x = -1, -1, 1, 1 scores 1/2 (test_criteria); with a channel that differs inside the classes
-    only beside it, S = 4 I, the ridge and G of the first are as before and the second's G is 0."""
+    """Two classes of two. x = -1, -1, 1, 1 scores 1/2 (test_criteria_di); with a channel that differs inside the
+    classes only beside it, S = 4 I, the ridge and G of the first are as before and the second's G is 0."""
     x = np.array([[-1.0, 1], [-1, -1], [1, 1], [1, -1]])
     moments = Moments.of(torch.from_numpy(x), torch.from_numpy(np.eye(2)[[0, 0, 1, 1]]))
     one = solve(moments, Teacher("labels", 2), 1.0)

@@ -18,8 +18,8 @@ import torch
 from ai_edge_litert import schema_py_generated as tfl
 from hypothesis import given
 from hypothesis import strategies as st
+from injected_times import record
 from test_agent import run as agent
-from test_measure import record
 from test_plan import IDS, MODELS
 from torch import nn
 

@@ -1,13 +1,8 @@
-"""The protocol: what counts, what is run again, what is kept on disk; on real processes and on injected times."""
+"""The protocol: what counts and what is run again, what the agent says; on injected times and real processes."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import resource
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +10,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from injected_times import FAST, process, record, scripted, spoken
 from onnx import TensorProto, helper, numpy_helper
 
-from xedge.device import Device, open_device
+from xedge.device import open_device
 from xedge.errors import DeviceError, UnsupportedGraph, UsageError, XedgeError
 from xedge.measure import (
     PRESETS,
     QUICK,
     STANDARD,
-    Protocol,
     compare,
     fault,
     faults,
@@ -34,103 +29,9 @@ from xedge.measure import (
     read_agent,
     runtime_for,
 )
-from xedge.measurement import (
-    Comparison,
-    Measurement,
-    Process,
-    append_measurement,
-    from_json,
-    gate,
-    read_measurements,
-    to_json,
-)
+from xedge.measurement import append_measurement, read_measurements
 from xedge.transports.base import Completed
 from xedge.transports.supervised import sha256
-
-FAST = Protocol("test", "", 7, 20, 0.0, 0.0, 5.0, 2, 0.0)
-
-# ------------------------------------------------------------------------------------------------- injected times
-
-
-def process(
-    ms: float = 1.0, runs: int = 100, *, probe: float = 1e5, probe_after: float | None = None, **more: Any
-) -> Process:
-    """A process of `runs` equal runs; `probe` and `probe_after` are the probes' nanoseconds."""
-    facts = {"governors": ["performance"], "khz_limit": {"cpu0": 2000}, "throttle_events": 0, "cooling": {"zone": 0}}
-    fields: dict[str, Any] = {
-        "warmup_ns": (int(ms * 3e6), int(ms * 1e6)),
-        "run_ns": (int(ms * 1e6),) * runs,
-        "stride": 1,
-        "steady": True,
-        "probe_before_ns": (int(probe),) * 9,
-        "probe_after_ns": (int(probe_after or probe),) * 9,
-        "before": {**facts, "runtime_version": "1.2.3"},
-        "after": facts,
-    }
-    return Process(**{**fields, **more})
-
-
-def record(times: Sequence[float], **more: Any) -> Measurement:
-    fields: dict[str, Any] = {
-        "model": "net.onnx",
-        "sha256": "0" * 64,
-        "runtime": "onnxruntime",
-        "threads": 1,
-        "protocol": "standard",
-        "device": "orin",
-        "device_kind": "real",
-        "processes": tuple(process(ms) for ms in times),
-        "replaced": (),
-        "verdict": "ok",
-        "reason": "",
-        "created": "2026-01-01T00:00:00+00:00",
-    }
-    return Measurement(**{**fields, **more})
-
-
-def spoken(p: Process, digest: str) -> str:
-    """What the agent prints for this process."""
-    lines: list[dict[str, Any]] = [
-        {"kind": "facts", "when": "before", **p.before, "model_sha256": digest},
-        {"kind": "warmup", "ns": p.warmup_ns, "steady": p.steady},
-        {"kind": "probe", "when": "before", "ns": p.probe_before_ns},
-        {"kind": "runs", "ns": p.run_ns, "stride": p.stride},
-        {"kind": "probe", "when": "after", "ns": p.probe_after_ns},
-        {"kind": "facts", "when": "after", **p.after},
-    ]
-    return "".join(json.dumps(line) + "\n" for line in [*lines, {"kind": "end", "lines": len(lines)}])
-
-
-class Scripted:
-    """A device whose agent says what the test wants: `script(model's name, how many runs before) -> Process`."""
-
-    def __init__(self, script: Callable[[str, int], Process]) -> None:
-        self.script, self.order = script, list[str]()
-        self.digests: dict[str, str] = {}
-
-    def push(self, path: Path) -> str:
-        self.digests[path.name] = sha256(path)
-        return path.name
-
-    def run(self, argv: Sequence[str], timeout: float) -> Completed:
-        name = argv[argv.index("--model") + 1]
-        said = spoken(self.script(name, len(self.order)), self.digests[name])
-        self.order.append(name)
-        return Completed(tuple(argv), 0, said, "")
-
-    def pull(self, remote: str, path: Path) -> None:
-        raise AssertionError("nothing to pull")
-
-    def facts(self) -> dict[str, str]:
-        return {}
-
-    def close(self) -> None:
-        pass
-
-
-def scripted(script: Callable[[str, int], Process]) -> tuple[Device, Scripted]:
-    transport = Scripted(script)
-    return Device("fake", "fake", None, transport, "fake", ("python",)), transport
 
 
 @pytest.fixture
@@ -258,40 +159,6 @@ def test_slower_is_found_as_well(pair: tuple[Path, Path]) -> None:
     assert compare(device, *pair, protocol=FAST).finding == "slower"
 
 
-# ----------------------------------------------------------------------------------------- figures and the gate
-
-
-def test_figures_are_made_from_the_medians_of_processes() -> None:
-    m = record([5.0, 1, 2, 3, 4, 6, 7])
-    assert (m.interval.median, m.interval.lower, m.interval.upper) == (4, 1, 7)
-    assert m.first_ms == 12
-    p90 = m.quantile(0.9)
-    assert p90 is not None
-    assert p90.median == 4
-    assert m.quantile(0.99) is None  # 100 runs cannot bound it
-    assert record([1.0] * 7, processes=tuple(process(1, 662) for _ in range(7))).quantile(0.99) is not None
-
-
-@pytest.mark.parametrize(
-    ("budget", "verdict", "decision"),
-    [(8.0, "ok", "pass"), (0.5, "ok", "fail"), (4.0, "ok", "inconclusive"), (8.0, "throttled", "invalid")],
-)
-def test_the_gate(budget: float, verdict: str, decision: str) -> None:
-    assert gate(record([1.0, 2, 3, 4, 5, 6, 7], verdict=verdict), budget) == decision
-
-
-@pytest.mark.parametrize("kind", ["emulated", "fake", "browser"])
-def test_the_gate_takes_real_devices_only(kind: str) -> None:
-    with pytest.raises(UsageError, match="real device"):
-        gate(record([1.0] * 7, device_kind=kind), 30)
-
-
-@pytest.mark.parametrize("budget", [0.0, -1.0, float("nan")])
-def test_the_gate_wants_a_budget(budget: float) -> None:
-    with pytest.raises(UsageError):
-        gate(record([1.0] * 7), budget)
-
-
 # -------------------------------------------------------------------------------------------- the agent's output
 
 
@@ -353,84 +220,6 @@ def test_a_crash_of_the_runtime_is_named() -> None:
         read_agent(said("", -11), "d" * 64, "x")
     with pytest.raises(DeviceError, match="No module named numpy"):
         read_agent(said("", 1, "Traceback\nModuleNotFoundError: No module named numpy\n"), "d" * 64, "x")
-
-
-# ------------------------------------------------------------------------------------------------------- the file
-
-
-def comparison() -> Comparison:
-    return Comparison(record([1.0, 2.0]), record([3.0, 4.0], replaced=(process(),)), (1,), "ok", "why")
-
-
-def test_records_come_back_equal(tmp_path: Path) -> None:
-    path = tmp_path / "bench.jsonl"
-    records: list[Measurement | Comparison] = [record([1.5, 2.5]), comparison(), record([3.0])]
-    assert read_measurements(path) == []
-    for one in records:
-        append_measurement(path, one)
-        assert from_json(json.loads(json.dumps(to_json(one)))) == one
-    assert read_measurements(path) == records
-
-
-def test_every_torn_end_is_forgiven_and_cut_off_by_the_next_writer(tmp_path: Path) -> None:
-    path = tmp_path / "bench.jsonl"
-    append_measurement(path, record([1.0]))
-    whole = path.read_bytes()
-    append_measurement(path, record([2.0]))
-    both = path.read_bytes()
-    for end in range(len(whole), len(both), 97):
-        path.write_bytes(both[:end])
-        assert read_measurements(path) == [record([1.0])]
-        append_measurement(path, record([3.0]))
-        assert read_measurements(path) == [record([1.0]), record([3.0])]
-
-
-def test_a_torn_first_line_longer_than_a_block(tmp_path: Path) -> None:
-    path = tmp_path / "bench.jsonl"
-    path.write_bytes(b"x" * 200_000)
-    assert read_measurements(path) == []
-    append_measurement(path, record([1.0]))
-    assert read_measurements(path) == [record([1.0])]
-
-
-@pytest.mark.parametrize("line", ["nonsense", "{}", '{"record": "Poem"}', "[1]", '{"record": "Measurement"}'])
-def test_damage_in_the_middle_is_said_with_its_line(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "bench.jsonl"
-    append_measurement(path, record([1.0]))
-    with path.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(UsageError, match="line 2 is damaged"):
-        read_measurements(path)
-
-
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-def test_no_space_leaves_the_file_as_it_was(tmp_path: Path, small_files: Callable[[int], None]) -> None:
-    path = tmp_path / "bench.jsonl"
-    append_measurement(path, record([1.0]))
-    before = path.read_bytes()
-    small_files(len(before) + 1000)
-    with pytest.raises(UsageError, match=r"bench\.jsonl: cannot write"):
-        append_measurement(path, record([2.0]))
-    assert path.read_bytes() == before
-
-
-def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "bench.jsonl"
-    path.write_text(json.dumps(to_json(record([0.5]))) + "\n")
-    code = (
-        "import sys; from pathlib import Path; from xedge.measurement import *\n"
-        "path = Path(sys.argv[1]); one = read_measurements(path)[0]\n"
-        "for _ in range(20): append_measurement(path, one)"
-    )
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(3)]
-    assert [w.wait(60) for w in writers] == [0, 0, 0]
-    assert read_measurements(path) == [record([0.5])] * 61
 
 
 # ------------------------------------------------------------------------------------------------------- for real
