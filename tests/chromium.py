@@ -7,9 +7,15 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+from test_agent import network
+
 from xedge.benchmarks import vendor_browser
+from xedge.device import Device
+from xedge.measure import Protocol
 from xedge.transports.browser import Browser, Place
 
 T = TypeVar("T")
@@ -117,3 +123,23 @@ class Aside(threading.Thread):
         if self._error is not None:
             raise self._error
         return self._made
+
+
+FAST = Protocol("test", "", 1, 20, 0.0, 0.0, 5.0, 0, 0.0)
+HERE = Place("127.0.0.1", 0, False, "wasm")
+live = pytest.mark.skipif(needs() is not None, reason=needs() or "")
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Any]:
+    with chromium() as one:
+        yield one
+
+
+@pytest.fixture
+def onnx_file(tmp_path: Path) -> Path:
+    return network(tmp_path / "net.onnx")
+
+
+def device(transport: Browser) -> Device:
+    return Device("phone", "browser", None, transport, "browser", ())
