@@ -32,6 +32,7 @@ from torch.utils.data import Subset
 from xedge import load
 from xedge.batchnorm import input_statistics
 from xedge.benchmarks.results import PHOTOGRAPHS
+from xedge.benchmarks.rows import Rows
 from xedge.benchmarks.zoo import efficientnet_lite0
 from xedge.choose import Settings, choose, costs_of
 from xedge.data import Data, at_once, batches
@@ -190,6 +191,15 @@ def measure(name: str, method: str, seed: int, model: nn.Module, data: Data) -> 
     return {**row, "frozen norms": frozen, "held back": divergence, "after": judge(best, data, base)}
 
 
+def base_data(name: str, seed: int, photographs: Path | None) -> Data:
+    """Fashion-MNIST, or for EfficientNet-Lite0 40 crops of each photograph."""
+    if name != "efficientnet":
+        return load.load_data("fashion-mnist", root=None, seed=seed)
+    if photographs is None:
+        sys.exit("efficientnet needs --photographs DIR")
+    return load.load_data(f"folder:{photographs}?{PHOTOGRAPHS.replace('crops=10', 'crops=40')}", root=None, seed=seed)
+
+
 def base_model(name: str, seed: int, data: Data, out: Path) -> nn.Module:
     """The pretrained net, or a built-in one trained once and kept in OUT."""
     if name == "efficientnet":
@@ -237,28 +247,18 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, help="folder made by python -m xedge.benchmarks.photographs")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "rows.jsonl"
-    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = Rows(arguments.out / "rows.jsonl")
     for name in arguments.nets:
-        spec = "fashion-mnist"
-        if name == "efficientnet":
-            if arguments.photographs is None:
-                sys.exit("peers_pruning: efficientnet needs --photographs DIR")
-            spec = f"folder:{arguments.photographs}?{PHOTOGRAPHS.replace('crops=10', 'crops=40')}"
         for seed in range(1 if name == "efficientnet" else arguments.seeds):
-            data = load.load_data(spec, root=None, seed=seed)
+            data = base_data(name, seed, arguments.photographs)
             model = base_model(name, seed, data, arguments.out)
             for method in METHODS:
-                if any((r["net"], r["method"], r["seed"]) == (name, method, seed) for r in done):
+                if rows.has(net=name, method=method, seed=seed):
                     continue
                 if "BNScale" in method and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
                     continue
-                row = measure(name, method, seed, copy.deepcopy(model), data)
-                print(json.dumps(row), flush=True)
-                done.append(row)
-                with kept.open("a") as f:
-                    f.write(json.dumps(row) + "\n")
-        print("\n" + table(name, [r for r in done if r["net"] == name]) + "\n", flush=True)
+                rows.add(measure(name, method, seed, copy.deepcopy(model), data))
+        print("\n" + table(name, [r for r in rows.done if r["net"] == name]) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,19 +37,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from xedge import load
-from xedge.benchmarks.peers_pruning import base_model
-from xedge.benchmarks.results import PHOTOGRAPHS
-from xedge.budget import CALIBRATED, HELD
+from xedge.benchmarks.peers_pruning import base_data, base_model
+from xedge.benchmarks.rows import Rows
+from xedge.budget import CALIBRATED, calibrated, held, samples
 from xedge.data import Data, batches
 from xedge.export import write_flavour
 from xedge.metrics import agreement, kl, topk
 from xedge.onnx_graph import Graph, export_float, session
 from xedge.qat import DISTILL, RATE, Tuned
-from xedge.quantize import ScaleTable, dequantised, quantize
-from xedge.ranges import Calibration, calibrate, patch_moments
-from xedge.rounding import choose_ridges
-from xedge.sensitivity import Sample, distortions
+from xedge.quantize import ScaleTable, Sensitivity, dequantised, quantize
+from xedge.ranges import Calibration
+from xedge.sensitivity import distortions
 from xedge.simulate import Quantized
 from xedge.targets import tflite
 from xedge.teacher import Teacher
@@ -102,39 +100,33 @@ class Bench:
 
     def pictures(self) -> Iterator[Tensor]:
         """What every method calibrates on, one by one, [1, C, H, W]."""
-        for x, _ in batches(self.data.train, 1, shuffle_seed=self.seed, limit=CALIBRATED):
-            yield x
-
-    def samples(self) -> Iterator[Sample]:
-        """The same with labels."""
-        for x, y in batches(self.data.train, 1, shuffle_seed=self.seed, limit=CALIBRATED):
-            yield x.numpy(), int(y[0])
-
-    def held(self) -> Iterator[Sample]:
-        """What xedge chooses bits on; the others have no use for it."""
-        for x, y in batches(self.data.select, 1, shuffle_seed=self.seed, limit=HELD):
-            yield x.numpy(), int(y[0])
+        for x, _ in samples(self.data, self.seed):
+            yield torch.from_numpy(x)
 
     def feeds(self) -> Iterator[dict[str, Any]]:
         """The same for ONNX."""
-        for x in self.pictures():
-            yield {self.feed: x.numpy()}
+        for x, _ in samples(self.data, self.seed):
+            yield {self.feed: x}
 
     @cached_property
     def calibrated(self) -> tuple[Calibration, float]:
         """xedge's, and its seconds."""
         started = time.monotonic()
-        made = calibrate(self.proto, lambda: (x.numpy() for x in self.pictures()))
-        made = choose_ridges(self.proto, made, patch_moments(self.proto, (x for x, _ in self.held())))
-        return made, time.monotonic() - started
+        return calibrated(self.data, self.seed, self.proto), time.monotonic() - started
 
     @cached_property
     def felt(self) -> tuple[dict[str, Any], float]:
-        """Distortions, and their seconds."""
+        """Distortions by the layers' outputs, and their seconds."""
         started = time.monotonic()
+        return self.distortions("output"), time.monotonic() - started
+
+    def distortions(self, how: Sensitivity) -> dict[str, Any]:
+        """What each width costs; the peers have no use for the images held back."""
         calibration, _ = self.calibrated
-        made = distortions("output", self.model, self.proto, calibration, self.samples, self.teacher, held=self.held)
-        return made, time.monotonic() - started
+        return distortions(
+            how, self.model, self.proto, calibration, lambda: samples(self.data, self.seed), self.teacher,
+            held=lambda: held(self.data, self.seed),
+        )  # fmt: skip
 
 
 def runner(model: onnx.ModelProto | Path) -> Callable[[Tensor], Any]:
@@ -155,7 +147,7 @@ def integers(bench: Bench, bits: float, how: str) -> tuple[ScaleTable, float]:
         seconds += more
     started = time.monotonic()
     if how != "xedge":
-        tables = distortions("uniform", bench.model, bench.proto, calibration, bench.samples, bench.teacher)
+        tables = bench.distortions("uniform")
     plain = how == "nearest"
     made = quantize(bench.proto, calibration, mean_bits=bits, tables=tables, feedback=not plain, correct=not plain)
     return made, seconds + time.monotonic() - started
@@ -387,32 +379,21 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "quantization.jsonl"
-    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    rows = Rows(arguments.out / "quantization.jsonl")
     for name in arguments.nets:
-        spec = "fashion-mnist"
-        if name == "efficientnet":
-            if arguments.photographs is None:
-                sys.exit("peers_quantization: efficientnet needs --photographs DIR")
-            spec = f"folder:{arguments.photographs}?{PHOTOGRAPHS.replace('crops=10', 'crops=40')}"
         for seed in range(1 if name == "efficientnet" else arguments.seeds):
             bench: Bench | None = None
             for method in METHODS:
                 for bits in (b for b in method.bits if b in arguments.bits and arguments.methods in method.name):
-                    key = (name, method.name, bits, seed)
-                    if any((r["net"], r["method"], r["bits"], r["seed"]) == key for r in done):
+                    if rows.has(net=name, method=method.name, bits=bits, seed=seed):
                         continue
                     if method.labels and name == "efficientnet":
                         continue
                     if bench is None:
-                        data = load.load_data(spec, root=None, seed=seed)
+                        data = base_data(name, seed, arguments.photographs)
                         bench = Bench(name, data, base_model(name, seed, data, arguments.out), seed)
-                    row = measure(bench, method, bits)
-                    print(json.dumps(row), flush=True)
-                    done.append(row)
-                    with kept.open("a") as f:
-                        f.write(json.dumps(row) + "\n")
-        print("\n" + tables(name, [r for r in done if r["net"] == name]) + "\n", flush=True)
+                    rows.add(measure(bench, method, bits))
+        print("\n" + tables(name, [r for r in rows.done if r["net"] == name]) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from xedge import load
-from xedge.benchmarks.results import PHOTOGRAPHS
+from xedge.benchmarks.peers_pruning import base_data
 from xedge.benchmarks.zoo import efficientnet_lite0
-from xedge.budget import CALIBRATED, HELD
+from xedge.budget import calibrated, held, samples
 from xedge.codebook import quantize_by_codebook
 from xedge.data import Data, batches
 from xedge.equalize import equalize
@@ -36,9 +35,8 @@ from xedge.export import write_flavour
 from xedge.metrics import agreement, kl, topk
 from xedge.onnx_graph import Graph, export_float, session
 from xedge.quantize import Sensitivity, dequantised, quantize
-from xedge.ranges import Calibration, RangeRule, calibrate, patch_moments
-from xedge.rounding import choose_ridges
-from xedge.sensitivity import Sample, distortions
+from xedge.ranges import Calibration, RangeRule
+from xedge.sensitivity import distortions
 from xedge.teacher import Teacher
 from xedge.twins import Image
 
@@ -71,32 +69,21 @@ class Bench:
         self.plain = self.subject(model)
         self.base = self.run(self.plain.proto)
 
-    def samples(self) -> Iterator[Sample]:
-        """As `xedge compress` calibrates."""
-        for x, y in batches(self.data.train, 1, shuffle_seed=self.seed, limit=CALIBRATED):
-            yield x.numpy(), int(y[0])
-
-    def held(self) -> Iterator[Sample]:
-        """What bits are chosen on."""
-        for x, y in batches(self.data.select, 1, shuffle_seed=self.seed, limit=HELD):
-            yield x.numpy(), int(y[0])
-
     def subject(self, model: nn.Module) -> Subject:
         """Export and calibrate."""
         started = time.monotonic()
         proto = export_float(model, self.data.shape, 17)
-        seen = calibrate(proto, lambda: (x for x, _ in self.samples()))
-        seen = choose_ridges(proto, seen, patch_moments(proto, (x for x, _ in self.held())))
+        seen = calibrated(self.data, self.seed, proto)
         return Subject(model, proto, seen, time.monotonic() - started)
 
     def pictures(self) -> tuple[list[Image], list[Image]]:
         """What layers are fitted on, and what judges that."""
-        return [x for x, _ in self.samples()], [x for x, _ in self.held()]
+        return [x for x, _ in samples(self.data, self.seed)], [x for x, _ in held(self.data, self.seed)]
 
     def equalised(self) -> Subject:
         """The same model with equalised channels."""
         model = copy.deepcopy(self.plain.model)
-        pairs = equalize(model, (torch.from_numpy(x) for x, _ in self.samples()), self.data.shape)
+        pairs = equalize(model, (torch.from_numpy(x) for x, _ in samples(self.data, self.seed)), self.data.shape)
         print(f"  {len(pairs)} pairs of layers equalised", file=sys.stderr)
         return self.subject(model)
 
@@ -114,15 +101,9 @@ class Bench:
     def tables(self, subject: Subject, how: Sensitivity, *, feedback: bool = True) -> dict[str, Any]:
         """Distortions."""
         return distortions(
-            how,
-            subject.model,
-            subject.proto,
-            subject.calibration,
-            self.samples,
-            self.teacher,
-            held=self.held,
-            feedback=feedback,
-        )
+            how, subject.model, subject.proto, subject.calibration, lambda: samples(self.data, self.seed), self.teacher,
+            held=lambda: held(self.data, self.seed), feedback=feedback,
+        )  # fmt: skip
 
     def table(self, bits: float) -> None:
         """Every step at one budget."""
@@ -182,20 +163,14 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, help="folder made by python -m xedge.benchmarks.photographs")
     arguments = parser.parse_args()
     for name in arguments.what:
-        needed = arguments.photographs if name == "efficientnet" else arguments.runs
-        if needed is None:
-            sys.exit(
-                f"quantization_steps: {name} needs {'--photographs DIR' if name == 'efficientnet' else '--runs OUT'}"
-            )
+        data = base_data(name, arguments.seed, arguments.photographs)
         if name == "efficientnet":
-            data = load.load_data(
-                f"folder:{needed}?{PHOTOGRAPHS.replace('crops=10', 'crops=40')}", root=None, seed=arguments.seed
-            )
             model = efficientnet_lite0()
+        elif arguments.runs is None:
+            sys.exit(f"{name} needs --runs OUT")
         else:
-            data = load.load_data("fashion-mnist", root=None, seed=arguments.seed)
             model = load.load_model(name, classes=data.classes, channels=data.shape[0])
-            model.load_state_dict(load_file(needed / f"{name}-{arguments.seed}" / "original.safetensors"))
+            model.load_state_dict(load_file(arguments.runs / f"{name}-{arguments.seed}" / "original.safetensors"))
         bench = Bench(data, model.eval(), arguments.seed)
         print(f"\n{name}, seed {arguments.seed}, {len(bench.images)} pictures; calibration {bench.plain.seconds:.0f} s")
         for bits in arguments.bits:

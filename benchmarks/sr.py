@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from xedge import load
 from xedge.benchmarks.peers_pruning import Case, ours, theirs
+from xedge.benchmarks.rows import Rows
 from xedge.data import Data, batches
 from xedge.device import open_device
 from xedge.export import write_flavour
@@ -93,7 +94,7 @@ METHODS: Mapping[str, dict[str, Any] | str] = {
 }
 TIMED = ("bicubic", *SR, *(f"{BASE} / {part}, xedge" for part in PARTS))
 RUNTIMES = {"LiteRT": "android", "ONNX Runtime": "host-cpu"}
-PROTOCOL = replace(QUICK, name="quick, 8 runs", min_runs=8, seconds=0.3)
+PROTOCOL = replace(QUICK, name="quick, 8 runs", min_runs=8, seconds=0.3, warmup_cap_seconds=4.0)
 
 
 # -- the data --------------------------------------------------------------------------------------------------------
@@ -152,10 +153,9 @@ def judged(run: Callable[[Tensor], Tensor], data: Data) -> tuple[float, float]:
 # -- nets ------------------------------------------------------------------------------------------------------------
 
 
-def half(model: nn.Module, which: int, data: Data, path: Path, seed: int = 0) -> nn.Module:
-    """Train for half of the steps, once."""
+def half(model: nn.Module, which: int, data: Data, path: Path, *, frozen: bool = False, seed: int = 0) -> nn.Module:
+    """Train for half of the steps, once; with `frozen` batch norms keep their statistics, as `xedge compress` does."""
     if not path.exists():
-        frozen = which == 1 and data.scale == 2  # as `xedge compress` fine-tunes; DnCNN is not yet so far
         recipe = Recipe(epochs=EPOCHS, lr=RATES[which], batch=BATCH, frozen_norms=frozen, seed=seed + which)
         checkpoint = path.with_suffix(".checkpoint")
         fit(model, data, recipe, checkpoint=checkpoint)
@@ -228,27 +228,6 @@ def table(rows: list[dict[str, Any]], times: dict[tuple[str, str], dict[str, Any
     return "\n".join(lines)
 
 
-class Rows:
-    """Lines of a file, each written once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.done: list[dict[str, Any]] = (
-            [json.loads(s) for s in path.read_text().splitlines()] if path.exists() else []
-        )
-
-    def has(self, **keys: Any) -> bool:
-        """Whether a row has these values."""
-        return any(all(row.get(k) == v for k, v in keys.items()) for row in self.done)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a row."""
-        print(json.dumps(row), flush=True)
-        self.done.append(row)
-        with self.path.open("a") as f:
-            f.write(json.dumps(row) + "\n")
-
-
 def compared(task: str, level: int, steps: int, photographs: Path, test: Path, out: Path, rows: Rows) -> str:
     """All rows of one task; returns its note, which names it."""
     data, large = data_of(task, level, steps, photographs, test)
@@ -264,7 +243,8 @@ def compared(task: str, level: int, steps: int, photographs: Path, test: Path, o
         where = out / f"{key}-{slug(name)}"
         if first is None:
             half(model, 0, data, where.with_suffix(".0.safetensors"))
-        half(model, 1, data, where.with_suffix(".1.safetensors"))
+        # DnCNN has not yet come so far by then that its statistics could stay.
+        half(model, 1, data, where.with_suffix(".1.safetensors"), frozen=task == "sr")
         rows.add({**about, "net": name, "seconds": time.monotonic() - started, **measured(model, data, large, where)})
 
     def fresh(make: Make) -> nn.Module:

@@ -180,3 +180,5 @@ def test_a_run(xedge: Xedge, weights: Path, tmp_path: Path) -> None:
         refused = xedge("compress", "--qat", "1", *([flag, value] if value else [flag]), "-o", tmp_path / "no")
         assert refused.code == 2
         assert f"--qat and {flag}" in refused.err
+    refused = xedge("compress", "--fit", "--codebook", "-o", tmp_path / "no")
+    assert (refused.code, "--fit and --codebook" in refused.err) == (2, True)

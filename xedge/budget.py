@@ -20,7 +20,7 @@ from onnx import ModelProto
 from torch import nn
 
 from xedge.codebook import quantize_by_codebook
-from xedge.data import at_once, batches, enough
+from xedge.data import Data, at_once, batches, enough
 from xedge.errors import AccuracyMissed, UsageError
 from xedge.export import write_flavour
 from xedge.judge import Judge
@@ -46,13 +46,13 @@ STEP = 0.125
 """Mean bits between two neighbouring trials of a bisection."""
 
 
-def calibrated(loaded: Loaded, proto: ModelProto) -> Calibration:
-    """What the training images show of a float graph, with the ridges that held-back ones choose."""
-    calibration = calibrate(proto, lambda: (x for x, _ in samples(loaded)))
-    if loaded.data.restores:
+def calibrated(data: Data, seed: int, proto: ModelProto, *, feedback: bool = True) -> Calibration:
+    """What the training images show of a float graph, with the ridges that held-back ones choose for `feedback`."""
+    calibration = calibrate(proto, lambda: (x for x, _ in samples(data, seed)))
+    if data.restores:
         calibration = for_pictures(proto, calibration)
-    if loaded.request.feedback:
-        calibration = choose_ridges(proto, calibration, patch_moments(proto, (x for x, _ in held(loaded))))
+    if feedback:
+        calibration = choose_ridges(proto, calibration, patch_moments(proto, (x for x, _ in held(data, seed))))
     return calibration
 
 
@@ -68,20 +68,20 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
         UsageError: no artefact is as small as --bytes.
         AccuracyMissed: 8 bits, or --bits, already cost more than --bits-drop.
     """
-    request = loaded.request
-    calibration = calibrated(loaded, proto)
+    request, data = loaded.request, loaded.data
+    calibration = calibrated(data, request.seed, proto, feedback=request.feedback)
     tables = None
     if request.bits < 8 or request.codebook or request.bytes is not None or request.bits_drop is not None:
         talk.say(f"  sensitivity: {request.sensitivity}")
         tables = distortions(
-            request.sensitivity, model, proto, calibration, lambda: samples(loaded), loaded.teacher,
-            held=lambda: held(loaded), feedback=request.feedback, seed=request.seed,
+            request.sensitivity, model, proto, calibration, lambda: samples(data, request.seed), loaded.teacher,
+            held=lambda: held(data, request.seed), feedback=request.feedback, seed=request.seed,
         )  # fmt: skip
 
     counts = {la.name: la.rows.size for la in layers_of(proto, calibration.patches).values()}
     floats = {n for n in counts if request.keep_float is not None and re.search(request.keep_float, n)}
     least = {n: max(b for b, p in request.bits_min if re.search(p, n)) for n in counts if _floored(request, n)}
-    if loaded.data.restores:
+    if data.restores:
         last = {n.input[1].removesuffix(".weight") for n in last_layers(proto)[0]} - floats
         protected = {**dict.fromkeys(last & set(counts), 8), **least}
         if _fewest(counts, floats, protected) <= request.bits:
@@ -117,8 +117,8 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
         bits, table = found
         grid = grid[: grid.index(bits) + 1]
     if loaded.bits_drop is not None:
-        judge, drop = Judge.of(loaded.data), loaded.bits_drop
-        base, labels = predict(model, loaded.data.select, limit=judge.held(len(loaded.data.select)))
+        judge, drop = Judge.of(data), loaded.bits_drop
+        base, labels = predict(model, data.select, limit=judge.held(len(data.select)))
 
         def good(table: ScaleTable) -> bool:
             lost = max(_lost(table, proto, t, loaded, base, labels) for t in loaded.targets)
@@ -161,23 +161,22 @@ def _last(
     return best
 
 
-def samples(loaded: Loaded) -> Iterator[Sample]:
+def samples(data: Data, seed: int) -> Iterator[Sample]:
     """Training images one by one, [1, C, H, W], with their labels: all that rounding ever sees."""
-    data = loaded.data
-    for x, y in batches(data.train, 1, shuffle_seed=loaded.request.seed, limit=enough(data.train, CALIBRATED)):
+    for x, y in batches(data.train, 1, shuffle_seed=seed, limit=enough(data.train, CALIBRATED)):
         yield x.numpy(), y[0] if data.restores else int(y[0])
 
 
-def held(loaded: Loaded) -> Iterator[Sample]:
+def held(data: Data, seed: int) -> Iterator[Sample]:
     """Images held back for choosing, one by one: what ridges and bits are chosen on."""
-    data = loaded.data
-    for x, y in batches(data.select, 1, shuffle_seed=loaded.request.seed, limit=enough(data.select, HELD)):
+    for x, y in batches(data.select, 1, shuffle_seed=seed, limit=enough(data.select, HELD)):
         yield x.numpy(), y[0] if data.restores else int(y[0])
 
 
 def fitted_on(loaded: Loaded) -> tuple[list[Image], list[Image]] | None:
     """With --fit the images that layers are fitted on, and those that judge it."""
-    return ([x for x, _ in samples(loaded)], [x for x, _ in held(loaded)]) if loaded.request.fit else None
+    data, seed = loaded.data, loaded.request.seed
+    return ([x for x, _ in samples(data, seed)], [x for x, _ in held(data, seed)]) if loaded.request.fit else None
 
 
 def _trial(table: ScaleTable, proto: ModelProto, target: Target, folder: Path) -> Path:

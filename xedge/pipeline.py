@@ -323,7 +323,7 @@ def _groups(original: nn.Module, loaded: Loaded, path: Path) -> None:
 
 def _equalized(model: nn.Module, loaded: Loaded, path: Path) -> None:
     equal = copy.deepcopy(model)
-    equalize(equal, (torch.from_numpy(x) for x, _ in samples(loaded)), loaded.data.shape)
+    equalize(equal, (torch.from_numpy(x) for x, _ in samples(loaded.data, loaded.request.seed)), loaded.data.shape)
     save_file({k: v.contiguous() for k, v in equal.state_dict().items()}, path)
 
 

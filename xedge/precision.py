@@ -21,9 +21,17 @@ from onnx import ModelProto, TensorProto
 from xedge.latency import NOTHING, Point, timed_points
 from xedge.onnx_graph import Graph
 from xedge.quantize import ScaleTable
-from xedge.rounding import channel_axis
 from xedge.target import Target
-from xedge.units import FREE, Positions, Unit, border_artefact, float_artefact, unit_artefact, units_of
+from xedge.units import (
+    FREE,
+    Positions,
+    Unit,
+    border_artefact,
+    float_artefact,
+    unit_artefact,
+    units_of,
+    weight_shape,
+)
 
 LEAST = 1e-12
 """Milliseconds that float must gain: at equal cost a unit is integer."""
@@ -175,10 +183,7 @@ def _border(shape: tuple[int, ...], rounded: str) -> Point:
 
 
 def _positions(graph: Graph) -> Positions:
-    """As `plan.Costs.left` of the net as it is: axis 0 of a linear layer is what it writes."""
-    left = {}
-    for node in graph.weighted():
-        shape = graph.array(node.input[1]).shape
-        across = node.op_type in ("Gemm", "MatMul") and channel_axis(node) == 1
-        left[node.input[1].removesuffix(".weight")] = dict(enumerate(shape[1::-1] if across else shape))
-    return left
+    """As `plan.Costs.left` of the net as it is."""
+    return {
+        node.input[1].removesuffix(".weight"): dict(enumerate(weight_shape(graph, node))) for node in graph.weighted()
+    }

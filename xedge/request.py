@@ -330,6 +330,8 @@ def _check_numbers(r: Request) -> None:
     if r.qat and (r.bytes is not None or r.codebook):
         flag = "--codebook" if r.codebook else "--bytes"
         raise UsageError(f"--qat and {flag} exclude each other: training changes what was fitted", fix="drop one")
+    if r.fit and r.codebook:
+        raise UsageError("--fit and --codebook exclude each other: codebooks are not fitted", fix="drop one")
     for least, pattern in r.bits_min:
         if not 0 <= least <= 8:
             raise UsageError(f"{least} bits are outside 0 to 8", where=f"--bits-min {least} {pattern}", fix="mend it")

@@ -99,8 +99,8 @@ def without_silent(run: Run, loaded: Loaded, at: Rounded, groups: Groups, talk: 
     def rounded(path: Path) -> None:
         proto = onnx.load(floats)
         table = round_to(
-            proto, calibrated(loaded, proto), bits, feedback=r.feedback, correct=r.bias_correction, rule=r.ranges,
-            images=fitted_on(loaded),
+            proto, calibrated(loaded.data, r.seed, proto, feedback=r.feedback), bits, feedback=r.feedback,
+            correct=r.bias_correction, rule=r.ranges, images=fitted_on(loaded),
         )  # fmt: skip
         if set(table.weights) != set(bits):
             raise InternalError("the cut net's weights have other names", where=str(floats), fix="--bits-min 1 .")

@@ -209,11 +209,15 @@ def _width(graph: Graph, name: str) -> Width:
     return known or Width(fixed=shape[1] if len(shape) > 1 else 1)
 
 
+def weight_shape(graph: Graph, node: NodeProto) -> tuple[int, ...]:
+    """The shape of a node's weight as torch has it: axis 0 of a linear layer is what it writes."""
+    shape = tuple(graph.array(node.input[1]).shape)
+    return shape[::-1] if node.op_type in ("Gemm", "MatMul") and channel_axis(node) == 1 else shape
+
+
 def _axis(graph: Graph, node: NodeProto, axis: int) -> Width:
     """The positions of an axis of a node's weight, as torch has it."""
-    shape = graph.array(node.input[1]).shape
-    across = node.op_type in ("Gemm", "MatMul") and channel_axis(node) == 1
-    return Width(((node.input[1].removesuffix(".weight"), axis, int(shape[1 - axis if across else axis])),))
+    return Width(((node.input[1].removesuffix(".weight"), axis, weight_shape(graph, node)[axis]),))
 
 
 def _written(graph: Graph, name: str, seen: set[str]) -> Width | None:
