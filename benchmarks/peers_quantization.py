@@ -3,12 +3,12 @@
     python -m xedge.benchmarks.peers_quantization OUT lenet5 resnet20 --seeds 3
     python -m xedge.benchmarks.peers_quantization OUT efficientnet --photographs DIR
 
-xedge as it comes, weights alone and its artefact with 8-bit activations; equal bits for all channels with the same
-rounding, and rounded to nearest; ONNX Runtime's quantize_static, LiteRT's quantizer, NNCF and Neural Compressor in
-their default use, per channel, which have 8 bits, some 4; Sony's MCT, which searches mixed precision. Fine-tuning is
-one short epoch for xedge, and MCT's own gradient-based one on the calibration pictures. Weights are those of
-`peers_pruning`, trained once and kept in OUT. Rows that are there are not measured again; a method whose package is
-missing is named and left out:
+xedge as it comes, weights alone and its artefact with 8-bit activations, each also with --learn-scales; equal bits for
+all channels with the same rounding, and rounded to nearest; ONNX Runtime's quantize_static, LiteRT's quantizer, NNCF
+and Neural Compressor in their default use, per channel, which have 8 bits, some 4; Sony's MCT, which searches mixed
+precision. Fine-tuning is one short epoch for xedge, and MCT's own gradient-based one on the calibration pictures.
+Weights are those of `peers_pruning`, trained once and kept in OUT. Rows that are there are not measured again; a method
+whose package is missing is named and left out:
 
     pip install ai-edge-quantizer nncf neural-compressor[pt] model-compression-toolkit edge-mdt-tpc
 """
@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -47,6 +45,7 @@ from xedge.onnx_graph import Graph, export_float, session
 from xedge.qat import DISTILL, RATE, Tuned
 from xedge.quantize import ScaleTable, Sensitivity, dequantised, quantize
 from xedge.ranges import Calibration
+from xedge.rescale import Rescaled, learning, recipe_of
 from xedge.sensitivity import distortions
 from xedge.simulate import Quantized
 from xedge.targets import tflite
@@ -58,6 +57,8 @@ JUDGED = 2000
 TUNED = 12_800
 """Training images of the epoch of fine-tuning."""
 LR = 0.02
+LEARNT = 4
+"""Epochs of --learn-scales."""
 MCT_IMAGES = 32
 """On which MCT judges its candidates, which is its default."""
 BITS = (2, 3, 4, 6, 8)
@@ -164,6 +165,22 @@ def weights_only(bench: Bench, bits: float, how: str) -> Made:
     """Without the rounding of activations."""
     made, seconds = integers(bench, bits, how)
     return Made(runner(dequantised(bench.proto, made.weights)), made.mean_bits(), None, seconds)
+
+
+def learnt(bench: Bench, bits: float, what: str) -> Made:
+    """xedge, then scales and biases learn the float net's answers, with activations rounded or ("weights") not."""
+    start, seconds = integers(bench, bits, "xedge")
+    started = time.monotonic()
+    whole = start if what != "weights" else replace(start, activations={})
+    data = replace(bench.data, train=learning(bench.data.train, bench.seed))
+    net = Rescaled(Quantized(bench.model, bench.proto, whole, "onnxruntime", data.shape), bench.proto, start)
+    fit(net, data, recipe_of(LEARNT, bench.seed), original=bench.model)
+    made = net.table(start)
+    seconds += time.monotonic() - started
+    if what == "weights":
+        return Made(runner(dequantised(bench.proto, made.weights)), made.mean_bits(), None, seconds)
+    graph = write_flavour(bench.proto, made, "onnxruntime")
+    return Made(runner(graph), made.mean_bits(), graph.SerializeToString(), seconds)
 
 
 def tuned(bench: Bench, bits: float, _: str) -> Made:
@@ -309,11 +326,13 @@ class Method:
 
 METHODS = (
     Method("xedge, weights only", weights_only, "xedge"),
+    Method("xedge, scales learnt, weights only", learnt, "weights"),
     Method("equal bits, weights only", weights_only, "uniform"),
     Method("equal bits to nearest, weights only", weights_only, "nearest"),
     Method("LiteRT, weights only", litert, "weight_only_wi4_afp32", (4,)),
     Method("LiteRT, weights only", litert, "weight_only_wi8_afp32", (8,)),
     Method("xedge", ours, "xedge"),
+    Method("xedge, scales learnt", learnt),
     Method("equal bits", ours, "uniform"),
     Method("ONNX Runtime static", onnxruntime_static, bits=(4, 8)),
     Method("LiteRT dynamic", litert, "dynamic_wi4_afp32", (4,)),

@@ -15,7 +15,6 @@ again, and a killed training goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import shutil
