@@ -95,7 +95,7 @@ class Rescaled(nn.Module):
 def learning(data: Images, seed: int) -> Images:
     """The images that scales learn on."""
     count = min(len(data), enough(data, CALIBRATED))
-    chosen: Images = Subset(data, permutation(len(data), seed, "scales")[:count].tolist())  # type: ignore[arg-type,assignment]
+    chosen: Images = Subset(data, permutation(len(data), seed, "scales")[:count].tolist())  # type: ignore[arg-type]
     return chosen
 
 
