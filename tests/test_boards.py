@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from one_node import CASES, i64, images, one
 from onnx import TensorProto, helper, numpy_helper
-from test_tflite import CASES, floats, i64, images, one, quantized
+from qdq import quantized
+from tflite_file import floats, operators
 
 from xedge import load
 from xedge.cli import main
@@ -211,6 +213,4 @@ def test_what_is_folded_writes_nothing(op: str) -> None:
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4, 4, 4]) for n in ("x", "y")]
     made = helper.make_graph(nodes, "g", values[:1], values[1:])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    from test_tflite import operators
-
     assert sum(operators(tflite.convert(model)).values()) == 2

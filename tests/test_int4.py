@@ -16,8 +16,10 @@ from flavours import quantised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from one_node import images, one, w
 from onnx import TensorProto, helper, numpy_helper
-from test_tflite import expected, floats, images, one, quantized, step, w
+from qdq import expected, quantized
+from tflite_file import floats, step
 
 from xedge.assemble import _tflite_weights
 from xedge.audit import audit_one
