@@ -171,16 +171,22 @@ def learnt(bench: Bench, bits: float, what: str) -> Made:
     """xedge, then scales and biases learn the float net's answers, with activations rounded or ("weights") not."""
     start, seconds = integers(bench, bits, "xedge")
     started = time.monotonic()
-    whole = start if what != "weights" else replace(start, activations={})
-    data = replace(bench.data, train=learning(bench.data.train, bench.seed))
-    net = Rescaled(Quantized(bench.model, bench.proto, whole, "onnxruntime", data.shape), bench.proto, start)
-    fit(net, data, recipe_of(LEARNT, bench.seed), original=bench.model)
-    made = net.table(start)
+    made = scales_learnt(bench.model, bench.proto, start, bench.data, bench.seed, weights_only=what == "weights")
     seconds += time.monotonic() - started
     if what == "weights":
         return Made(runner(dequantised(bench.proto, made.weights)), made.mean_bits(), None, seconds)
     graph = write_flavour(bench.proto, made, "onnxruntime")
     return Made(runner(graph), made.mean_bits(), graph.SerializeToString(), seconds)
+
+
+def scales_learnt(
+    model: nn.Module, proto: onnx.ModelProto, start: ScaleTable, data: Data, seed: int, *, weights_only: bool
+) -> ScaleTable:
+    """--learn-scales LEARNT; activations are rounded as ONNX Runtime's are, or not at all."""
+    whole = replace(start, activations={}) if weights_only else start
+    net = Rescaled(Quantized(model, proto, whole, "onnxruntime", data.shape), proto, start)
+    fit(net, replace(data, train=learning(data.train, seed)), recipe_of(LEARNT, seed), original=model)
+    return net.table(start)
 
 
 def tuned(bench: Bench, bits: float, _: str) -> Made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,20 +53,23 @@ def test_idx_files_are_read_from_the_users_folder(tmp_path: Path, module: object
     assert any(np.allclose(first.numpy()[0] * 255, picture, atol=1e-3) for picture in stored)
 
 
+packed = partial(gzip.compress, mtime=0)  # a time in it would name the test anew in every worker
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("train-images-idx3-ubyte.gz", b"<html>404</html>", "cannot be read"),
         ("train-images-idx3-ubyte.gz", b"", "not an IDX file"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(b"garbage garbage garbage"), "not an IDX file"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((4, 28, 28), np.uint8))[:-5]), "is truncated"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((40, 28, 28), np.uint8)))[:-20], "cannot be read"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((4, 28, 28), np.uint8)) + b"1"), "is longer"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((4, 27, 28), np.uint8))), r"\(27, 28\)"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12), "impossible size"),
-        ("train-labels-idx1-ubyte.gz", gzip.compress(idx(np.zeros(39, np.uint8))), "39 labels for 40"),
-        ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx(np.full(40, 11, np.uint8))), "label 11 of 10"),
-        ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx(np.zeros((0,), np.uint8))), "impossible size"),
+        ("train-images-idx3-ubyte.gz", packed(b"garbage garbage garbage"), "not an IDX file"),
+        ("train-images-idx3-ubyte.gz", packed(idx(np.zeros((4, 28, 28), np.uint8))[:-5]), "is truncated"),
+        ("train-images-idx3-ubyte.gz", packed(idx(np.zeros((40, 28, 28), np.uint8)))[:-20], "cannot be read"),
+        ("train-images-idx3-ubyte.gz", packed(idx(np.zeros((4, 28, 28), np.uint8)) + b"1"), "is longer"),
+        ("train-images-idx3-ubyte.gz", packed(idx(np.zeros((4, 27, 28), np.uint8))), r"\(27, 28\)"),
+        ("train-images-idx3-ubyte.gz", packed(b"\0\0\x08\x03" + b"\xff" * 12), "impossible size"),
+        ("train-labels-idx1-ubyte.gz", packed(idx(np.zeros(39, np.uint8))), "39 labels for 40"),
+        ("t10k-labels-idx1-ubyte.gz", packed(idx(np.full(40, 11, np.uint8))), "label 11 of 10"),
+        ("t10k-labels-idx1-ubyte.gz", packed(idx(np.zeros((0,), np.uint8))), "impossible size"),
     ],
 )
 def test_damaged_idx_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
