@@ -37,7 +37,7 @@ from torch.utils.data import Subset
 
 from xedge.benchmarks.peers_pruning import base_data, base_model
 from xedge.benchmarks.rows import Rows
-from xedge.budget import CALIBRATED, calibrated, held, samples
+from xedge.budget import CALIBRATED, calibrated, fitted_on, held, samples
 from xedge.data import Data, batches
 from xedge.export import write_flavour
 from xedge.metrics import agreement, kl, topk
@@ -150,7 +150,10 @@ def integers(bench: Bench, bits: float, how: str) -> tuple[ScaleTable, float]:
     if how != "xedge":
         tables = bench.distortions("uniform")
     plain = how == "nearest"
-    made = quantize(bench.proto, calibration, mean_bits=bits, tables=tables, feedback=not plain, correct=not plain)
+    images = None if plain else fitted_on(bench.data, bench.seed, bench.proto)
+    made = quantize(
+        bench.proto, calibration, mean_bits=bits, tables=tables, feedback=not plain, correct=not plain, images=images
+    )
     return made, seconds + time.monotonic() - started
 
 

@@ -24,13 +24,14 @@ from xedge.data import Data, at_once, batches, enough
 from xedge.errors import AccuracyMissed, UsageError
 from xedge.export import write_flavour
 from xedge.judge import Judge
+from xedge.onnx_graph import Graph
 from xedge.pack import pack
 from xedge.quantize import ScaleTable, quantize
 from xedge.ranges import Calibration, calibrate, for_pictures, last_layers, patch_moments
 from xedge.rounding import choose_ridges, layers_of
 from xedge.sensitivity import Sample, distortions
 from xedge.train import predict
-from xedge.twins import Image
+from xedge.twins import Image, room
 
 if TYPE_CHECKING:
     from xedge.progress import Talk
@@ -87,12 +88,11 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
         if _fewest(counts, floats, protected) <= request.bits:
             least = protected
 
+    fits = tables is not None and not request.codebook
+    images = fitted_on(data, request.seed, proto, request.fit) if fits else None
+
     def at(bits: float) -> ScaleTable:
-        method = (
-            quantize_by_codebook
-            if request.codebook
-            else partial(quantize, images=fitted_on(loaded) if tables else None)
-        )
+        method = quantize_by_codebook if request.codebook else partial(quantize, images=images)
         return method(
             proto, calibration, mean_bits=bits, tables=tables, feedback=request.feedback,
             correct=request.bias_correction, rule=request.ranges, least=least, keep_float=floats,
@@ -173,10 +173,14 @@ def held(data: Data, seed: int) -> Iterator[Sample]:
         yield x.numpy(), y[0] if data.restores else int(y[0])
 
 
-def fitted_on(loaded: Loaded) -> tuple[list[Image], list[Image]] | None:
-    """With --fit the images that layers are fitted on, and those that judge it."""
-    data, seed = loaded.data, loaded.request.seed
-    return ([x for x, _ in samples(data, seed)], [x for x, _ in held(data, seed)]) if loaded.request.fit else None
+def fitted_on(
+    data: Data, seed: int, proto: ModelProto, fit: bool | None = None
+) -> tuple[list[Image], list[Image]] | None:
+    """The images that layers are fitted on, and those that judge it; by default where memory has room for all."""
+    count = sum(min(len(d), enough(d, n)) for d, n in ((data.train, CALIBRATED), (data.select, HELD)))
+    if fit is False or (fit is None and count > room(Graph(proto))):
+        return None
+    return [x for x, _ in samples(data, seed)], [x for x, _ in held(data, seed)]
 
 
 def _trial(table: ScaleTable, proto: ModelProto, target: Target, folder: Path) -> Path:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--ranges", help="Ranges of the activations: mse, percentile, minmax.  [mse]")
 @click.option("--feedback/--no-feedback", default=None, help="Feed rounding errors forward.  [yes]")
 @click.option("--bias-correction/--no-bias-correction", default=None, help="Mean errors go into biases.  [yes]")
-@click.option("--fit/--no-fit", default=None, help="Fit each layer to the rounded ones in front of it.  [no]")
+@click.option("--fit/--no-fit", default=None, help="Fit each layer to the rounded ones before it.  [if memory allows]")
 @click.option("--equalize/--no-equalize", default=None, help="Scale channels to like ranges first.  [no]")
 @click.option("--keep-float", metavar="REGEX", help="Layers that stay float.")
 @click.option(

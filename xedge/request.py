@@ -62,7 +62,7 @@ class Request:
     ranges: RangeRule = "mse"
     feedback: bool = True
     bias_correction: bool = True
-    fit: bool = False
+    fit: bool | None = None
     equalize: bool = False
     keep_float: str | None = None
     bits_min: tuple[tuple[int, str], ...] = ()

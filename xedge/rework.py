@@ -100,7 +100,7 @@ def without_silent(run: Run, loaded: Loaded, at: Rounded, groups: Groups, talk: 
         proto = onnx.load(floats)
         table = round_to(
             proto, calibrated(loaded.data, r.seed, proto, feedback=r.feedback), bits, feedback=r.feedback,
-            correct=r.bias_correction, rule=r.ranges, images=fitted_on(loaded),
+            correct=r.bias_correction, rule=r.ranges, images=fitted_on(loaded.data, r.seed, proto, r.fit),
         )  # fmt: skip
         if set(table.weights) != set(bits):
             raise InternalError("the cut net's weights have other names", where=str(floats), fix="--bits-min 1 .")

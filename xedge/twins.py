@@ -12,7 +12,7 @@ run side by side on the same images, one stretch of nodes from weighted node to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +37,28 @@ FEWEST = 8
 Image = NDArray[np.float32]
 
 
+def room(graph: Graph) -> int:
+    """How many images MOST_BYTES has room for, by their tensors where these are most."""
+    life = _life(graph)
+    sizes = {n: 4 * int(np.prod(graph.shapes.get(n, (1,)))) for n in life}
+    weighted = {n.output[0] for n in graph.weighted()}
+    stops = [i for i, n in enumerate(graph.nodes) if n.output[0] in weighted]
+    widest = max((sum(sizes[n] for n in _living(life, i)) for i in stops), default=0)
+    return max(1, MOST_BYTES // max(1, 2 * widest))
+
+
+def _life(graph: Graph) -> dict[str, tuple[int, int]]:
+    """The node that makes each tensor, and the last that reads it."""
+    last = {name: i for i, n in enumerate(graph.nodes) for name in n.input}
+    made = {name: i for i, n in enumerate(graph.nodes) for name in n.output} | dict.fromkeys(graph.inputs, -1)
+    return {n: (made[n], last[n]) for n in made if n in last}
+
+
+def _living(life: Mapping[str, tuple[int, int]], at: int) -> list[str]:
+    """Tensors made before a node that it or a later one reads."""
+    return [n for n, (made, last) in life.items() if made < at <= last]
+
+
 class Twins:
     """The float graph and its rounded twin, in step, as far as the layer that is rounded next.
 
@@ -49,24 +71,15 @@ class Twins:
         self.graph = graph = Graph(proto)
         self.at = 0
         self.weights: dict[str, tuple[Image, Image | None]] = {}
-        last = {name: i for i, n in enumerate(graph.nodes) for name in n.input}
-        made = {name: i for i, n in enumerate(graph.nodes) for name in n.output} | dict.fromkeys(graph.inputs, -1)
-        self.life = {n: (made[n], last[n]) for n in made if n in last}
-        room = max(1, MOST_BYTES // max(1, 2 * self._widest()))
-        self.fitted = min(len(images), int(room * PART))
-        chosen = [*images[: self.fitted], *held[: room - self.fitted]]
+        self.life = _life(graph)
+        most = room(graph)
+        self.fitted = min(len(images), int(most * PART))
+        chosen = [*images[: self.fitted], *held[: most - self.fitted]]
         self.pairs = [[{graph.inputs[0]: x} for x in chosen] for _ in range(2)]
 
     def _live(self, at: int) -> list[str]:
         """Tensors made before a node that it or a later one reads."""
-        return [n for n, (made, last) in self.life.items() if made < at <= last]
-
-    def _widest(self) -> int:
-        """Bytes of an image's tensors where they are most."""
-        sizes = {n: 4 * int(np.prod(self.graph.shapes.get(n, (1,)))) for n in self.life}
-        weighted = {n.output[0] for n in self.graph.weighted()}
-        stops = [i for i, n in enumerate(self.graph.nodes) if n.output[0] in weighted]
-        return max(sum(sizes[n] for n in self._live(i)) for i in stops)
+        return _living(self.life, at)
 
     def reach(self, node: NodeProto) -> None:
         """Run both graphs up to a weighted node."""
