@@ -3,12 +3,12 @@
     python -m xedge.benchmarks.peers_quantization OUT lenet5 resnet20 --seeds 3
     python -m xedge.benchmarks.peers_quantization OUT efficientnet --photographs DIR
 
-xedge as it comes, weights alone and its artefact with 8-bit activations, each also with --learn-scales; equal bits for
-all channels with the same rounding, and rounded to nearest; ONNX Runtime's quantize_static, LiteRT's quantizer, NNCF
-and Neural Compressor in their default use, per channel, which have 8 bits, some 4; Sony's MCT, which searches mixed
-precision. Fine-tuning is one short epoch for xedge, and MCT's own gradient-based one on the calibration pictures.
-Weights are those of `peers_pruning`, trained once and kept in OUT. Rows that are there are not measured again; a method
-whose package is missing is named and left out:
+xedge as it comes, weights alone and its artefact with 8-bit activations; equal bits for all channels with the same
+rounding, and rounded to nearest; ONNX Runtime's quantize_static, LiteRT's quantizer, NNCF and Neural Compressor in
+their default use, per channel, which have 8 bits, some 4; Sony's MCT, which searches mixed precision. Fine-tuning is
+one short epoch for xedge, and MCT's own gradient-based one on the calibration pictures. Weights are those of
+`peers_pruning`, trained once and kept in OUT. Rows that are there are not measured again; a method whose package is
+missing is named and left out:
 
     pip install ai-edge-quantizer nncf neural-compressor[pt] model-compression-toolkit edge-mdt-tpc
 """
@@ -45,7 +45,6 @@ from xedge.onnx_graph import Graph, export_float, session
 from xedge.qat import DISTILL, RATE, Tuned
 from xedge.quantize import ScaleTable, Sensitivity, dequantised, quantize
 from xedge.ranges import Calibration
-from xedge.rescale import Rescaled, learning, recipe_of
 from xedge.sensitivity import distortions
 from xedge.simulate import Quantized
 from xedge.targets import tflite
@@ -57,8 +56,6 @@ JUDGED = 2000
 TUNED = 12_800
 """Training images of the epoch of fine-tuning."""
 LR = 0.02
-LEARNT = 4
-"""Epochs of --learn-scales."""
 MCT_IMAGES = 32
 """On which MCT judges its candidates, which is its default."""
 BITS = (2, 3, 4, 6, 8)
@@ -168,28 +165,6 @@ def weights_only(bench: Bench, bits: float, how: str) -> Made:
     """Without the rounding of activations."""
     made, seconds = integers(bench, bits, how)
     return Made(runner(dequantised(bench.proto, made.weights)), made.mean_bits(), None, seconds)
-
-
-def learnt(bench: Bench, bits: float, what: str) -> Made:
-    """xedge, then scales and biases learn the float net's answers, with activations rounded or ("weights") not."""
-    start, seconds = integers(bench, bits, "xedge")
-    started = time.monotonic()
-    made = scales_learnt(bench.model, bench.proto, start, bench.data, bench.seed, weights_only=what == "weights")
-    seconds += time.monotonic() - started
-    if what == "weights":
-        return Made(runner(dequantised(bench.proto, made.weights)), made.mean_bits(), None, seconds)
-    graph = write_flavour(bench.proto, made, "onnxruntime")
-    return Made(runner(graph), made.mean_bits(), graph.SerializeToString(), seconds)
-
-
-def scales_learnt(
-    model: nn.Module, proto: onnx.ModelProto, start: ScaleTable, data: Data, seed: int, *, weights_only: bool
-) -> ScaleTable:
-    """--learn-scales LEARNT; activations are rounded as ONNX Runtime's are, or not at all."""
-    whole = replace(start, activations={}) if weights_only else start
-    net = Rescaled(Quantized(model, proto, whole, "onnxruntime", data.shape), proto, start)
-    fit(net, replace(data, train=learning(data.train, seed)), recipe_of(LEARNT, seed), original=model)
-    return net.table(start)
 
 
 def tuned(bench: Bench, bits: float, _: str) -> Made:
@@ -335,13 +310,11 @@ class Method:
 
 METHODS = (
     Method("xedge, weights only", weights_only, "xedge"),
-    Method("xedge, scales learnt, weights only", learnt, "weights"),
     Method("equal bits, weights only", weights_only, "uniform"),
     Method("equal bits to nearest, weights only", weights_only, "nearest"),
     Method("LiteRT, weights only", litert, "weight_only_wi4_afp32", (4,)),
     Method("LiteRT, weights only", litert, "weight_only_wi8_afp32", (8,)),
     Method("xedge", ours, "xedge"),
-    Method("xedge, scales learnt", learnt),
     Method("equal bits", ours, "uniform"),
     Method("ONNX Runtime static", onnxruntime_static, bits=(4, 8)),
     Method("LiteRT dynamic", litert, "dynamic_wi4_afp32", (4,)),

@@ -3,10 +3,10 @@
     python -m xedge.benchmarks.quantization_steps resnet20 lenet5 --runs OUT --bits 2 4
     python -m xedge.benchmarks.quantization_steps efficientnet --photographs PHOTOS --bits 4
 
-Weights first, in float arithmetic: sensitivities, layers fitted, scales learnt, then error feedback and bias correction
-switched off. Then activations of 8 bits, as LiteRT's grid has them: three rules for their ranges, and equalisation. The
-classifiers are the originals of the runs that `python -m xedge.benchmarks.results OUT` made; EfficientNet-Lite0 has its
-ImageNet weights. Nothing is pruned, and nothing but scales is trained.
+Weights first, in float arithmetic: sensitivities, layers fitted, then error feedback and bias correction switched off.
+Then activations of 8 bits, as LiteRT's grid has them: three rules for their ranges, and equalisation. The classifiers
+are the originals of the runs that `python -m xedge.benchmarks.results OUT` made; EfficientNet-Lite0 has its ImageNet
+weights. Nothing is pruned, and nothing is trained.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from xedge import load
 from xedge.benchmarks.peers_pruning import base_data
-from xedge.benchmarks.peers_quantization import scales_learnt
 from xedge.benchmarks.zoo import efficientnet_lite0
 from xedge.budget import calibrated, held, samples
 from xedge.codebook import quantize_by_codebook
@@ -125,12 +124,6 @@ class Bench:
         self.row("weights, `output`, fitted", self.run(dequantised(s.proto, made.weights)), made.mean_bits(), took)
         got = self.run(write_flavour(s.proto, made, "litert"))
         self.row("and activations, `mse`, fitted", got, made.mean_bits(), took)
-        started = time.monotonic()
-        made = quantize(s.proto, s.calibration, mean_bits=bits, tables=best)
-        made = scales_learnt(s.model, s.proto, made, self.data, self.seed, weights_only=True)
-        took = time.monotonic() - started
-        got = self.run(dequantised(s.proto, made.weights))
-        self.row("weights, `output`, scales learnt", got, made.mean_bits(), took)
         started = time.monotonic()
         near = self.tables(s, "output", feedback=False)
         took = time.monotonic() - started

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     "--bits-min", type=(int, str), multiple=True, metavar="BITS REGEX", help="Fewest bits of some layers' channels."
 )
 @click.option("--codebook", is_flag=True, default=None, help="Layers share values of any spacing.  [equal steps]")
-@click.option("--learn-scales", type=int, help="Epochs in which scales and biases learn, without labels.  [0]")
 @click.option("--qat", type=int, help="Epochs of training through the roundings.  [0]")
 @click.option("--epochs", type=int, help="Epochs of training after each cut.  [3]")
 @click.option("--iterations", type=int, help="Cuts on the way to the budget.  [4]")

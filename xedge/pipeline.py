@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ from xedge.qat import tune
 from xedge.quantize import ScaleTable
 from xedge.report import Crop
 from xedge.request import Loaded, Request, default_folder, load_everything
-from xedge.rescale import rescale
 from xedge.rework import Rounded, export, in_order, save, without_silent, words
 from xedge.run import Run, read_json
 from xedge.sizes import shipped
@@ -134,13 +132,6 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         )
         first = Rounded(wide, result.keep, model_file, floats, scales)
         last = without_silent(run, loaded, first, result.groups, talk)
-        if request.learn_scales:
-            scales = run.step(
-                "rescaled.safetensors",
-                {"rounded": last.scales, "float": last.floats, "epochs": request.learn_scales, "data": data.name},
-                lambda p: _trained(rescale, loaded, last, run, talk).save(p),
-            )
-            last = replace(last, scales=scales)
         if request.qat:
             scales = run.step(
                 "tuned.safetensors",
@@ -148,7 +139,7 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
                     "rounded": last.scales, "float": last.floats, "epochs": request.qat, "lr": loaded.lr,
                     "batch": loaded.batch,
                 },
-                lambda p: _trained(tune, loaded, last, run, talk).save(p),
+                lambda p: _tuned(loaded, last, run, talk).save(p),
             )  # fmt: skip
             last = replace(last, scales=scales)
         last = in_order(run, loaded, last, result.groups)
@@ -336,12 +327,11 @@ def _equalized(model: nn.Module, loaded: Loaded, path: Path) -> None:
     save_file({k: v.contiguous() for k, v in equal.state_dict().items()}, path)
 
 
-def _trained(how: Callable[..., ScaleTable], loaded: Loaded, at: Rounded, run: Run, talk: Talk) -> ScaleTable:
-    """`rescale` or `tune` of the rounded net."""
-    checkpoint = run.folder / f".{how.__name__}.checkpoint.safetensors"
-    trained = how(loaded, at.model, onnx.load(at.floats), ScaleTable.load(at.scales), checkpoint, talk)
+def _tuned(loaded: Loaded, at: Rounded, run: Run, talk: Talk) -> ScaleTable:
+    checkpoint = run.folder / ".qat.checkpoint.safetensors"
+    tuned = tune(loaded, at.model, onnx.load(at.floats), ScaleTable.load(at.scales), checkpoint, talk)
     checkpoint.unlink(missing_ok=True)
-    return trained
+    return tuned
 
 
 def _kept(keep: Keep) -> dict[str, list[int]]:

@@ -112,44 +112,24 @@ def tune(
     Raises:
         UsageError: no target computes in integers, or the model's forward fixes the batch.
     """
-    request, what = loaded.request, "training in integers"
-    tuned = Tuned(quantised_judge(loaded, model, proto, table, "--qat"), table)
+    request = loaded.request
+    flavours = [t.flavour for t in loaded.targets if t.flavour != "float"]
+    if not flavours:
+        raise UsageError("no target computes in integers", where="--qat", fix="leave --qat out")
+    judge = Quantized(model, proto, table, flavours[0], loaded.data.shape)
+    if judge.single:
+        raise UsageError("the model's forward fixes the batch at 1", where="--qat", fix="make it take any batch")
+    tuned = Tuned(judge, table)
     recipe = Recipe(
         epochs=request.qat, lr=RATE * loaded.lr, batch=loaded.batch, weight_decay=0.0, distill=DISTILL,
         seed=request.seed,
     )  # fmt: skip
-
-    def train() -> None:
-        fit(tuned, loaded.data, recipe, original=model, checkpoint=checkpoint, talk=talk, what=what)
-
-    return tuned.table(table) if unless_worse(tuned, train, loaded, model, talk, what) else table
-
-
-def quantised_judge(loaded: Loaded, model: nn.Module, proto: ModelProto, table: ScaleTable, flag: str) -> Quantized:
-    """The quantised net of the first target with integers, ready for training.
-
-    Raises:
-        UsageError: no target computes in integers, or the model's forward fixes the batch.
-    """
-    flavours = [t.flavour for t in loaded.targets if t.flavour != "float"]
-    if not flavours:
-        raise UsageError("no target computes in integers", where=flag, fix=f"leave {flag} out")
-    judge = Quantized(model, proto, table, flavours[0], loaded.data.shape)
-    if judge.single:
-        raise UsageError("the model's forward fixes the batch at 1", where=flag, fix="make it take any batch")
-    return judge
-
-
-def unless_worse(
-    net: nn.Module, train: Callable[[], None], loaded: Loaded, original: nn.Module, talk: Talk, what: str
-) -> bool:
-    """Train; whether the net is then no worse on held-back data."""
-    judge, select = Judge.of(loaded.data), loaded.data.select
-    base, truth = predict(original, select, limit=judge.held(len(select)))
-    before, _ = predict(net, select, limit=len(base))
-    train()
-    after, _ = predict(net, select, limit=len(base))
-    worse = judge.dislike(after, truth, base) > judge.dislike(before, truth, base)
-    then, now = (judge.say(judge.quality(out, truth, base)) for out in (before, after))
-    talk.say(f"  {what}: {now} on held-back data for {then} before{', undone' if worse else ''}")
-    return not worse
+    judged, select = Judge.of(loaded.data), loaded.data.select
+    base, truth = predict(model, select, limit=judged.held(len(select)))
+    before, _ = predict(tuned, select, limit=len(base))
+    fit(tuned, loaded.data, recipe, original=model, checkpoint=checkpoint, talk=talk, what="training in integers")
+    after, _ = predict(tuned, select, limit=len(base))
+    worse = judged.dislike(after, truth, base) > judged.dislike(before, truth, base)
+    then, now = (judged.say(judged.quality(out, truth, base)) for out in (before, after))
+    talk.say(f"  training in integers: {now} on held-back data for {then} before{', undone' if worse else ''}")
+    return table if worse else tuned.table(table)

@@ -19,7 +19,7 @@ from onnx import ModelProto, numpy_helper
 from xedge.bits import allocate
 from xedge.errors import UsageError
 from xedge.onnx_graph import Graph
-from xedge.ranges import Calibration, RangeRule, shared_ranges
+from xedge.ranges import Calibration, RangeRule, shared_ranges, wide_enough
 from xedge.rounding import CORRECTED, Array, Bits, Layer, channel_axis, from_rows, layers_of, rounded, weight_counts
 from xedge.twins import Image, Twins
 
@@ -199,7 +199,8 @@ def float_ranges(
     proto: ModelProto, calibration: Calibration, rule: RangeRule, layers: Collection[str]
 ) -> dict[str, tuple[float, float]]:
     """The ranges of all tensors but those that weights outside of `layers` write: these stay float."""
-    ranges, graph = shared_ranges(proto, calibration.ranges(rule)), Graph(proto)
+    graph = Graph(proto)
+    ranges = shared_ranges(proto, wide_enough(graph, calibration.ranges(rule)))
     for node in graph.weighted():
         if node.input[1] not in layers:
             ranges.pop(graph.written(node), None)

@@ -6,6 +6,7 @@ to the graph that is quantised, batch norms folded. Memory does not grow with th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -27,6 +28,9 @@ KEPT = 0.9999
 """Of a tensor's values, by the percentile rule."""
 RangeRule = Literal["mse", "percentile", "minmax"]
 """How the 8-bit range of an activation is chosen from what calibration saw."""
+MEANS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+FACTOR = 2**7
+"""Between the scales of what an integer kernel sums and of what it writes, at most: half of what XNNPACK takes."""
 POSITIONS = 49
 """Output positions per image whose patches enter a Gram matrix."""
 ROWS = 1024
@@ -367,6 +371,37 @@ def percentile_range(histogram: Array, span: tuple[float, float]) -> tuple[float
     below = np.concatenate([[0.0], np.cumsum(histogram)]) / total
     low, high = np.interp([(1 - KEPT) / 2, (1 + KEPT) / 2], below, edges)
     return min(float(low), 0.0), max(float(high), 0.0)
+
+
+def wide_enough(graph: Graph, ranges: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Ranges that integer kernels can rescale to. Where a layer is dead, or its sums all but cancel, its results would
+    lie on a grid so fine that XNNPACK refuses the model: it takes factors below 2^8 between the scales of sums and of
+    results, and not below 2^-10 in additions.
+    """
+    out = dict(ranges)
+
+    def width(name: str) -> float:
+        return out[name][1] - out[name][0] if name in out else 0.0
+
+    def widen(name: str, least: float) -> None:
+        if width(name) < least and name in out:
+            out[name] = (out[name][0], out[name][0] + least)
+
+    weighted = {n.output[0]: n for n in graph.weighted()}
+    for node in graph.nodes:
+        inside = [width(n) for n in node.input]
+        if node.output and node.output[0] in weighted:
+            # A weight's step is at most the largest weight, of an input at most its width over 255.
+            widen(graph.written(node), inside[0] * float(np.abs(graph.array(node.input[1])).max()) / FACTOR)
+        elif node.op_type in ("Add", "Sub", *MEANS):
+            widen(graph.written(node), max(inside) / FACTOR)
+        elif node.op_type == "Mul":
+            widen(graph.written(node), math.prod(inside) / (255 * FACTOR))
+    for node in graph.nodes:
+        if node.op_type in ("Add", "Sub"):
+            for name in node.input:
+                widen(name, width(graph.written(node)) / 2**9)
+    return out
 
 
 def shared_ranges(proto: ModelProto, clip: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

@@ -67,7 +67,6 @@ class Request:
     keep_float: str | None = None
     bits_min: tuple[tuple[int, str], ...] = ()
     codebook: bool = False
-    learn_scales: int = 0
     qat: int = 0
     epochs: int = 3
     iterations: int = 4
@@ -326,16 +325,11 @@ def _check_numbers(r: Request) -> None:
             where=f"device {about.name}",
             fix="name its python in the device file, or ask for --macs and hold the run to xedge gate --latency",
         )
-    for flag, epochs in (("--qat", r.qat), ("--learn-scales", r.learn_scales)):
-        if epochs < 0:
-            raise UsageError(f"{flag} {epochs} is below 0", fix="give the epochs of training in integers")
+    if r.qat < 0:
+        raise UsageError(f"--qat {r.qat} is below 0", fix="give the epochs of training in integers")
     if r.qat and (r.bytes is not None or r.codebook):
         flag = "--codebook" if r.codebook else "--bytes"
         raise UsageError(f"--qat and {flag} exclude each other: training changes what was fitted", fix="drop one")
-    if r.learn_scales and r.bytes is not None:
-        raise UsageError(
-            "--learn-scales and --bytes exclude each other: scales that learn pack otherwise", fix="drop one"
-        )
     if r.fit and r.codebook:
         raise UsageError("--fit and --codebook exclude each other: codebooks are not fitted", fix="drop one")
     for least, pattern in r.bits_min:

@@ -47,7 +47,6 @@ class Recipe:
         frozen_norms: batch norms keep their running statistics and normalise with them: a few pictures without labels
             are not the data that the net was trained on, and their statistics would take the place of that data's; and
             of nets that restore pictures the noise of a small batch's statistics costs tenths of a decibel.
-        adam: classifiers by Adam as well: parameters whose gradients differ by orders of magnitude.
         seed: of the order and the augmentation.
     """
 
@@ -60,7 +59,6 @@ class Recipe:
     distill: float = 0.0
     temperature: float = 2.0
     frozen_norms: bool = False
-    adam: bool = False
     seed: int = 0
 
 
@@ -157,7 +155,7 @@ def _loss(model: nn.Module, original: nn.Module | None, x: Tensor, y: Tensor, re
 
 
 def _optimizer(model: nn.Module, recipe: Recipe, judge: Judge) -> torch.optim.Optimizer:
-    if judge.restores or recipe.adam:
+    if judge.restores:
         return torch.optim.Adam(model.parameters(), lr=recipe.lr)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
