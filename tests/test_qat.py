@@ -167,8 +167,8 @@ def test_a_run(xedge: Xedge, weights: Path, tmp_path: Path) -> None:
         "--target",
         "android",
     ]
-    words += ["--macs", "1.0", "--bits", "3", "--no-fit", "--qat", "2", "--batch", "32", "--no-bench", "-o", tmp_path / "run"]
-    ended = xedge(*words)
+    words += ["--macs", "1.0", "--bits", "3", "--no-fit", "--qat", "2", "--batch", "32", "--no-bench"]
+    ended = xedge(*words, "-o", tmp_path / "run")
     assert ended.code == 0, ended.err
     assert "training in integers: epoch 2 of 2" in ended.err
     before, after = (ScaleTable.load(tmp_path / f"run/{n}.safetensors") for n in ("rounded", "tuned"))
