@@ -73,7 +73,8 @@ def _read(path: str) -> str:
 
 def _stat(pid: int) -> list[str]:
     """/proc/PID/stat from the state on; empty where there is no such process."""
-    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    # Of itself qemu makes up the file, with a start time that is a tick or two off the kernel's.
+    return _read(f"{_PROC}/{pid}/stat").rpartition(")")[2].split()
 
 
 def identity(pid: int) -> dict[str, Any]:
