@@ -89,7 +89,7 @@ def test_a_timeout_leaves_nothing_there_either(board: Device, tmp_path: Path) ->
 
 
 def test_a_session_of_this_host_leaves_the_emulated_ones_folder(board: Device, models: dict[str, Path]) -> None:
-    """Whoever starts sweeps the folders of the dead, and qemu says of its own process that it started at another time."""
+    """Whoever starts sweeps the folders of the dead, and qemu gives its own process another start time."""
     there = Path(board.transport.push(models["float.onnx"]))
     with open_device("local", wait=None):
         assert there.exists()
