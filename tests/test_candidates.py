@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from small_run import process
 
-from xedge import candidates
+from xedge import candidates, measure
 from xedge.assemble import _executed, _stored, _tflite_weights
 from xedge.audit import audit_one
 from xedge.candidates import Form
@@ -33,14 +33,14 @@ from xedge.request import Request
 
 pytest_plugins = ["tiny_runs"]
 
-SHORT = replace(QUICK, min_runs=20, seconds=0.02, warmup_seconds=0.02)
+SHORT = replace(QUICK, min_runs=20, seconds=0.1, warmup_seconds=0.02)
 
 
 def net(path: Path, more: int) -> Path:
     """Four logits of a picture; `more` convolutions beside them cost time and change nothing."""
     draw = np.random.default_rng(0)
     held = [numpy_helper.from_array(draw.standard_normal(s).astype(np.float32), n) for n, s in (("w", (4, 1, 3, 3)),)]
-    held.append(numpy_helper.from_array(draw.standard_normal((64, 64, 3, 3)).astype(np.float32), "heavy"))
+    held.append(numpy_helper.from_array(draw.standard_normal((64, 64, 3, 3)).astype(np.float32) / 24, "heavy"))
     held.append(numpy_helper.from_array(draw.standard_normal((64, 1, 3, 3)).astype(np.float32), "wide"))
     held.append(numpy_helper.from_array(np.float32(0), "zero"))
     nodes = [
@@ -86,7 +86,8 @@ def test_the_fastest_is_shipped_and_the_plan_says_why_it_lost(
 ) -> None:
     """On this host, for real: the plan's form does many times the work of its rival, and gives the same."""
     monkeypatch.setattr(candidates, "PROTOCOL", SHORT)
-    choice, (comparison,) = decided(tmp_path, made(tmp_path, int8=8, float32=0), None, weights)
+    monkeypatch.setattr(measure, "TOLERANCE", 9.0)  # other jobs may slow this host: not by the forty times asked about
+    choice, (comparison,) = decided(tmp_path, made(tmp_path, int8=40, float32=1), None, weights)
     assert choice["form"] == "float32"
     assert choice["why"] == "float32 in place of int8: the fastest on local that holds the floor"
     shipped, rejected = choice["candidates"]
