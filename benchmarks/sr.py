@@ -80,8 +80,9 @@ SR: Mapping[str, Make] = {
     BASE: lambda: x_srresnet(2, blocks=8, width=32),
     f"{BASE} of 8 channels": lambda: x_srresnet(2, blocks=8, width=8),
 }
-RESTORERS: Mapping[str, Make] = {  # 53.1 k multiply-adds a pixel, both
+RESTORERS: Mapping[str, Make] = {  # 53.1 k multiply-adds a pixel, all
     "DnCNN, 12 layers of 24": lambda: dncnn(1, depth=12, width=24),
+    "DnCNN without batch norms": lambda: vdsr(1, depth=12, width=24),
     "HSRN, 3 blocks of 24": lambda: hsrn(1, blocks=3, width=24),
 }
 PARTS = (4, 8, 14)
