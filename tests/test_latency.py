@@ -244,7 +244,8 @@ def test_the_loop_on_this_host(request_: Request, tmp_path: Path, monkeypatch: p
     talk = Talk(quiet=True)
     monkeypatch.setattr(Talk, "say", lambda self, line: told.append(line))
     with pytest.raises(LatencyMissed, match=r"--latency 1e-06ms cannot be met: the original takes .* on local"):
-        compress(Request(**{**request_.__dict__, "latency": 1e-6}), tmp_path / "none", talk)
+        compress(Request(**{**request_.__dict__, "latency": 1e-6, "device": None}), tmp_path / "none", talk)
+    assert "  no --device: 1e-06 ms are to be met on this host, which no board is" in told
     assert any("are new to local, measuring" in line for line in told)
     (cached,) = (tmp_path / "cache" / "xedge" / "latency").glob("local-*.json")
     rows = json.loads(cached.read_text())
@@ -359,10 +360,6 @@ def test_an_emulated_device_has_no_latency_budget() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (
-            {"device": None},
-            "--latency needs the device on which it is to be met; add --device ssh://USER@HOST, or local",
-        ),
         ({"macs": 0.5}, "--latency and --macs exclude each other"),
         ({"device": "nowhere"}, "--device nowhere: no such kind of device"),
         ({"stop": "energy"}, "takes no --latency"),

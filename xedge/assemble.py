@@ -112,7 +112,7 @@ def assemble(
     )
     if request.latency is not None:
         notes.append(
-            f"latency budget {request.latency:g} ms on {request.device}; the original: {result.records[0]['spent']}"
+            f"latency budget {request.latency:g} ms on {request.timed_on}; the original: {result.records[0]['spent']}"
         )
         rows_of = (f"iteration {r['index']}: {r['predicted']} predicted, {r['spent']}" for r in result.records[1:])
         notes += rows_of

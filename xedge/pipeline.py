@@ -103,6 +103,8 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         talk.say(f"  {len(free)} groups can be cut, {len(groups.groups) - len(free)} stay whole")
 
         talk.say("3-6/8 PS-iteration")
+        if request.latency is not None and request.device is None:
+            talk.say(f"  no --device: {request.latency:g} ms are to be met on this host, which no board is")
         result = ps_iteration(
             run, loaded.factory, original, weights, groups, groups_file, data, loaded.teacher, loaded.settings,
             _meter(run, loaded, original, weights, groups, groups_file, talk), talk,
@@ -179,7 +181,7 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         if bench:
             timed = run.step(
                 "latency.json",
-                {**models, **{f"original{s}": f for s, f in originals.items()}, "device": request.device or "local"},
+                {**models, **{f"original{s}": f for s, f in originals.items()}, "device": request.timed_on},
                 lambda p: _latency(loaded, models, originals, p, talk),
             )  # fmt: skip
         report = replace(
@@ -222,11 +224,11 @@ def _meter(
 ) -> Meter:
     """Of MACs, or of milliseconds on the device that was given."""
     request, latency = loaded.request, loaded.settings.budget.latency
-    if latency is None or request.device is None:
+    if latency is None:
         return _macs_meter(loaded, original)
     plain = run.step("original.onnx", {"model": weights}, lambda p: export(original, loaded, p))
     return latency_meter(
-        run, request.device, loaded.timed, original, loaded.data.shape, plain, groups,
+        run, request.timed_on, loaded.timed, original, loaded.data.shape, plain, groups,
         {"graph": plain, "groups": groups_file}, latency, request.keep_float, talk,
     )  # fmt: skip
 
@@ -387,7 +389,7 @@ def _latency(loaded: Loaded, models: dict[str, Path], originals: dict[str, Path]
     from xedge.measurement import to_json
 
     out = {}
-    address = loaded.request.device or "local"
+    address = loaded.request.timed_on
     with open_device(address, say=lambda line: talk.say(f"  {line}")) as device:
         for target in loaded.targets:
             if device.target is not None and load_target(device.target).name != target.name:

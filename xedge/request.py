@@ -136,6 +136,11 @@ class Request:
             },
         }
 
+    @property
+    def timed_on(self) -> str:
+        """The device that a latency budget is for and the report's times are of: this host unless one is given."""
+        return self.device or "local"
+
     @classmethod
     def from_json(cls, facts: dict[str, Any], where: str) -> Request:
         """The inverse; facts this version does not know are refused."""
@@ -207,8 +212,8 @@ class Loaded:
         Raises:
             UsageError: the device and the targets leave it open.
         """
-        device = self.request.device
-        name = describe(device).target if device is not None else None
+        device = self.request.timed_on
+        name = describe(device).target
         wanted = load.load_target(name).name if name is not None else None
         found = [t for t in self.targets if wanted in (None, t.name)]
         if len(found) != 1:
@@ -312,14 +317,10 @@ def _check_numbers(r: Request) -> None:
     for flag, drop in (("--max-drop", r.max_drop), ("--bits-drop", r.bits_drop)):
         if drop is not None:
             amount(drop, flag, restores=isinstance(drop, str))
-    if r.latency is not None and r.device is None:
-        raise UsageError(
-            "--latency needs the device on which it is to be met", fix="add --device ssh://USER@HOST, or local for here"
-        )
     if r.latency is not None and r.macs is not None:
         raise UsageError("--latency and --macs exclude each other", fix="leave one of them out")
-    about = None if r.device is None else describe(r.device)
-    if r.latency is not None and about is not None and about.tools and not about.python:
+    about = describe(r.timed_on)
+    if r.latency is not None and about.tools and not about.python:
         raise UsageError(
             f"times by {' and '.join(about.tools)} alone, and a latency table needs Python there",
             where=f"device {about.name}",

@@ -40,7 +40,7 @@ class HSRN(nn.Module):
         self.head = conv(channels, width)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
         self.up = stages(width, scale, nearest=True)
-        # behind a bare sum it would only clip: with the tail near zero at first, nets that restore have lost it for good
+        # behind a bare sum it would only clip, and nets that restore have lost all behind it for good
         self.act = nn.ReLU() if scale > 1 else nn.Identity()
         self.tail = conv(width, channels)
         quiet(self.tail)
