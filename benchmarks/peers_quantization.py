@@ -40,7 +40,7 @@ from xedge.benchmarks.rows import Rows
 from xedge.budget import CALIBRATED, calibrated, fitted_on, held, samples
 from xedge.data import Data, batches
 from xedge.export import write_flavour
-from xedge.metrics import agreement, kl, topk
+from xedge.metrics import agreement, agreement_by_margin, kl, topk
 from xedge.onnx_graph import Graph, export_float, session
 from xedge.qat import DISTILL, RATE, Tuned
 from xedge.quantize import ScaleTable, Sensitivity, dequantised, quantize
@@ -59,6 +59,8 @@ LR = 0.02
 MCT_IMAGES = 32
 """On which MCT judges its candidates, which is its default."""
 BITS = (2, 3, 4, 6, 8)
+SURE = 0.1
+"""By how much the float net's best class is ahead of the next where its answer is more than a coin toss."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ class Bench:
     def judge(self, logits: Tensor) -> dict[str, float]:
         """Quality."""
         found = {"agreement": agreement(self.base, logits), "kl": kl(self.base, logits)}
-        return {"top1": topk(logits, self.labels), **found} if self.data.classes else found
+        if self.data.classes:
+            return {"top1": topk(logits, self.labels), **found}
+        _, sure = agreement_by_margin(self.base, logits, (0.0, SURE))
+        return {**found, "sure": sure.agreement or 0.0, "sure_images": sure.count}
 
     def pictures(self) -> Iterator[Tensor]:
         """What every method calibrates on, one by one, [1, C, H, W]."""
@@ -362,6 +367,8 @@ def tables(name: str, rows: list[dict[str, Any]]) -> str:
                 size = f"{statistics.mean(r['bytes'] for r in found) / 1000:.0f}" if found[0]["bytes"] else "-"
                 mean, far, seconds = (statistics.mean(r[k] for r in found) for k in ("mean", "kl", "seconds"))
                 quality = f"{statistics.mean(values):.1f}{spread}"
+                if "sure" in found[0]:
+                    quality += f" ({100 * found[0]['sure']:.1f} of the {found[0]['sure_images']} sure)"
                 out.append(f"| {method} | {mean:.2f} | {quality} | {far:.4f} | {size} | {seconds:.0f} |")
         out.append("")
     failed = {(r["method"], r["failed"]) for r in rows if "failed" in r}
