@@ -77,28 +77,31 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
         tables = distortions(
             request.sensitivity, model, proto, calibration, lambda: samples(data, request.seed), loaded.teacher,
             held=lambda: held(data, request.seed), feedback=request.feedback, seed=request.seed,
+            shared=loaded.bits_per == "tensor",
         )  # fmt: skip
 
     counts = {la.name: la.rows.size for la in layers_of(proto, calibration.patches).values()}
     floats = {n for n in counts if request.keep_float is not None and re.search(request.keep_float, n)}
     least = {n: max(b for b, p in request.bits_min if re.search(p, n)) for n in counts if _floored(request, n)}
+    none = 0 if loaded.bits_per == "channel" else 1
     if data.restores:
         last = {n.input[1].removesuffix(".weight") for n in last_layers(proto)[0]} - floats
         protected = {**dict.fromkeys(last & set(counts), 8), **least}
-        if _fewest(counts, floats, protected) <= request.bits:
+        if _fewest(counts, floats, protected, none) <= request.bits:
             least = protected
 
     fits = tables is not None and not request.codebook
     images = fitted_on(data, request.seed, proto, request.fit) if fits else None
 
     def at(bits: float) -> ScaleTable:
-        method = quantize_by_codebook if request.codebook else partial(quantize, images=images)
+        own = partial(quantize, images=images, bits_per=loaded.bits_per)
+        method = quantize_by_codebook if request.codebook else own
         return method(
             proto, calibration, mean_bits=bits, tables=tables, feedback=request.feedback,
             correct=request.bias_correction, rule=request.ranges, least=least, keep_float=floats,
         )  # fmt: skip
 
-    fewest = _fewest(counts, floats, least)
+    fewest = _fewest(counts, floats, least, none)
     grid = [*np.arange(max(LEAST, np.ceil(fewest / STEP) * STEP), request.bits, STEP).tolist(), request.bits]
     if request.bytes is not None:
         allowed = request.bytes
@@ -136,10 +139,10 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
     return at(request.bits) if request.bytes is None else table
 
 
-def _fewest(counts: Mapping[str, int], floats: Collection[str], least: Mapping[str, int]) -> float:
-    """The mean bits that the floors alone take."""
+def _fewest(counts: Mapping[str, int], floats: Collection[str], least: Mapping[str, int], none: int) -> float:
+    """The mean bits that the floors alone take, `none` where a layer has no floor."""
     rest = {n: c for n, c in counts.items() if n not in floats}
-    return sum(least.get(n, 0) * c for n, c in rest.items()) / max(sum(rest.values()), 1)
+    return sum(max(least.get(n, 0), none) * c for n, c in rest.items()) / max(sum(rest.values()), 1)
 
 
 def _floored(request: Request, layer: str) -> bool:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--bits-min", type=(int, str), multiple=True, metavar="BITS REGEX", help="Fewest bits of some layers' channels."
 )
+@click.option("--bits-per", help="What has a width of its own: channel, layer, tensor (with one scale).  [channel]")
 @click.option("--codebook", is_flag=True, default=None, help="Layers share values of any spacing.  [equal steps]")
 @click.option("--qat", type=int, help="Epochs of training through the roundings.  [0]")
 @click.option("--epochs", type=int, help="Epochs of training after each cut.  [3]")

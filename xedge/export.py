@@ -69,9 +69,9 @@ def grids(graph: Graph, table: ScaleTable, flavour: Flavour) -> dict[str, Grid]:
 
 
 def integer_bias(
-    bias: NDArray[np.float32], source: Grid, scale: NDArray[np.float32]
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """A bias [C] on the grid of the accumulator, s_in * s_w: its integers [C] and its steps [C]."""
+    bias: NDArray[np.float32], source: Grid, scale: NDArray[np.float32] | np.float32
+) -> tuple[NDArray[np.int32], NDArray[np.float32] | np.float32]:
+    """A bias [C] on the grid of the accumulator, s_in * s_w: its integers [C] and its steps, of the shape of s_w."""
     step = (np.float64(source.scale) * scale.astype(np.float64)).astype(np.float32)
     value = np.round(bias.astype(np.float64) / step)
     return np.clip(value, -(2**31) + 1, 2**31 - 1).astype(np.int32), step
@@ -120,9 +120,10 @@ def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) 
         if node.op_type in WEIGHTED and node.input[1] in table.weights:
             w = table.weights[node.input[1]]
             name = node.input[1]
+            scale = w.scale[0] if table.bits_per == "tensor" else w.scale
             if f"{name}_scale" not in {t.name for t in new}:
-                s = constant(f"{name}_scale", w.scale)
-                z = constant(f"{name}_zero_point", np.zeros(len(w.scale), np.int8))
+                s = constant(f"{name}_scale", scale)
+                z = constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8))
                 bits = gather.width(w.values) if table.codebooks and flavour == "onnxruntime" else None
                 if bits is None:
                     v = constant(f"{name}_q", w.values)
@@ -139,10 +140,10 @@ def write_flavour(float_model: ModelProto, table: ScaleTable, flavour: Flavour) 
                 # Two nodes may share a weight; each has its own input, hence its own bias scale.
                 label = f"{node.output[0]}_bias"
                 if whole_bias and source in rounded:
-                    value, step = integer_bias(w.bias, rounded[source], w.scale)
+                    value, step = integer_bias(w.bias, rounded[source], scale)
                     v = constant(f"{label}_q", value)
                     s = constant(f"{label}_scale", step)
-                    z = constant(f"{label}_zero_point", np.zeros(len(step), np.int32))
+                    z = constant(f"{label}_zero_point", np.zeros(step.shape, np.int32))
                     before.append(
                         helper.make_node("DequantizeLinear", [v, s, z], [f"{label}_dq"], name=f"{label}_DQ", axis=0)
                     )

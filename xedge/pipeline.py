@@ -129,9 +129,12 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         plain = run.step("original.onnx", {"model": weights}, lambda p: export(original, loaded, p))
         scales = run.step(
             "rounded.safetensors",
-            {"float": floats, "quantise": request.quantisation(), "seed": request.seed, "data": data.name},
+            {
+                "float": floats, "quantise": {**request.quantisation(), "bits_per": loaded.bits_per},
+                "seed": request.seed, "data": data.name,
+            },
             lambda p: choose_bits(loaded, wide, onnx.load(floats), talk).save(p),
-        )
+        )  # fmt: skip
         first = Rounded(wide, result.keep, model_file, floats, scales)
         last = without_silent(run, loaded, first, result.groups, talk)
         if request.qat:

@@ -62,12 +62,12 @@ class Tuned(nn.Module):
             self.grids.append((low, high, grid.rounding(np.arange(len(w.bits)).reshape(shape))))
             self.weights.append(nn.Parameter(torch.from_numpy(w.values.astype(np.float32)) * step))
             self.biases.append(nn.Parameter(torch.zeros(0) if w.bias is None else torch.from_numpy(w.bias.copy())))
-            self.growths.append(nn.Parameter(torch.zeros_like(step.flatten())))
+            self.growths.append(nn.Parameter(torch.zeros(1 if table.bits_per == "tensor" else len(w.scale))))
 
     def rounded(self, i: int) -> tuple[Tensor, Tensor]:
         """(integers, scale) of a weight; both pass gradients."""
         (low, high, nearest), like = self.grids[i], self.steps[i]
-        scale = like * torch.exp(self.growths[i].view(like.shape))
+        scale = like * torch.exp(self.growths[i].view([-1 if n > 1 else 1 for n in like.shape]))
         v = torch.minimum(torch.maximum(self.weights[i] / scale, low), high)
         return straight_through(v, nearest(v).float()), scale
 

@@ -20,7 +20,8 @@ from xedge.bits import allocate
 from xedge.errors import UsageError
 from xedge.onnx_graph import Graph
 from xedge.ranges import Calibration, RangeRule, shared_ranges, wide_enough
-from xedge.rounding import CORRECTED, Array, Bits, Layer, channel_axis, from_rows, layers_of, rounded, weight_counts
+from xedge.rounding import CORRECTED, Array, Bits, Layer, channel_axis, from_rows, layers_of, rounded
+from xedge.target import BitsPer
 from xedge.twins import Image, Twins
 
 Sensitivity = Literal["output", "di", "kfac", "uniform", "mse"]
@@ -66,11 +67,13 @@ class ScaleTable:
         weights: initializer name -> its grid.
         activations: tensor name -> (low, high), zero included.
         codebooks: whether the weights of a layer share few integers, which may be stored as such.
+        bits_per: what has a width of its own; per "tensor" all scales of a weight are equal, and written as one.
     """
 
     weights: dict[str, WeightScale]
     activations: dict[str, tuple[float, float]]
     codebooks: bool = False
+    bits_per: BitsPer = "channel"
 
     def mean_bits(self) -> float:
         """Planned bits a weight."""
@@ -89,7 +92,9 @@ class ScaleTable:
         from safetensors.numpy import save_file
 
         tensors: dict[str, NDArray[Any]] = {}
-        meta: dict[str, Any] = {"activations": self.activations, "weights": {}, "codebooks": self.codebooks}
+        meta: dict[str, Any] = {
+            "activations": self.activations, "weights": {}, "codebooks": self.codebooks, "bits_per": self.bits_per,
+        }  # fmt: skip
         for name, w in self.weights.items():
             meta["weights"][name] = {"layer": w.layer, "axis": w.axis}
             tensors[f"{name}|values"] = np.ascontiguousarray(w.values)
@@ -121,7 +126,7 @@ class ScaleTable:
                 for name, row in meta["weights"].items()
             }
         activations = {k: (float(a), float(b)) for k, (a, b) in meta["activations"].items()}
-        return cls(weights, activations, bool(meta.get("codebooks", False)))
+        return cls(weights, activations, bool(meta.get("codebooks", False)), meta.get("bits_per", "channel"))
 
 
 def asymmetric(low: float, high: float) -> tuple[np.float32, int]:
@@ -147,6 +152,7 @@ def quantize(
     least: Mapping[str, int] | None = None,
     keep_float: Collection[str] = (),
     images: tuple[Sequence[Image], Sequence[Image]] | None = None,
+    bits_per: BitsPer = "channel",
 ) -> ScaleTable:
     """Choose bits, scales and integers for every weight, and a range for every tensor.
 
@@ -163,6 +169,7 @@ def quantize(
         keep_float: layers whose weights and results stay float; no mean of bits counts them.
         images: [1, C, H, W] each, on which layers are fitted to the rounded ones in front of them, and others that
             judge the fit (`xedge.twins`); without them no layer is.
+        bits_per: what has a width of its own. A layer gets at least 1 bit, while a channel may get none.
 
     Raises:
         UsageError: the budget lies outside 2 to 8 bits, or below what `least` asks for.
@@ -170,11 +177,14 @@ def quantize(
     """
     if not 2 <= mean_bits <= 8:
         raise UsageError(f"--bits {mean_bits:g} is outside 2 to 8", fix="give the mean bits a weight, such as 4.5")
-    layers = {n: la for n, la in layers_of(proto, calibration.patches).items() if la.name not in keep_float}
+    every = layers_of(proto, calibration.patches, shared=bits_per == "tensor")
+    layers = {n: la for n, la in every.items() if la.name not in keep_float}
     if not layers:
         raise UsageError("no layer is left to quantise", fix="keep fewer float with --keep-float")
-    chosen = _choose(layers, mean_bits, tables, least or {}, feedback)
-    return round_to(proto, calibration, chosen, feedback=feedback, correct=correct, rule=rule, images=images)
+    chosen = _choose(layers, mean_bits, tables, least or {}, feedback, bits_per)
+    return round_to(
+        proto, calibration, chosen, feedback=feedback, correct=correct, rule=rule, images=images, bits_per=bits_per
+    )
 
 
 def round_to(
@@ -186,13 +196,15 @@ def round_to(
     correct: bool = True,
     rule: RangeRule = "mse",
     images: tuple[Sequence[Image], Sequence[Image]] | None = None,
+    bits_per: BitsPer = "channel",
 ) -> ScaleTable:
     """`quantize` with the bits of each output channel given, by weight name; other layers stay float."""
-    layers = {n: la for n, la in layers_of(proto, calibration.patches).items() if n in bits}
+    every = layers_of(proto, calibration.patches, shared=bits_per == "tensor")
+    layers = {n: la for n, la in every.items() if n in bits}
     ranges = float_ranges(proto, calibration, rule, layers)
     twins = None if images is None else Twins(proto, *images)
     weights = round_layers(proto, layers, bits, ranges, feedback=feedback, correct=correct, twins=twins)
-    return ScaleTable(weights, ranges)
+    return ScaleTable(weights, ranges, bits_per=bits_per)
 
 
 def float_ranges(
@@ -308,16 +320,19 @@ def _choose(
     tables: Mapping[str, Array] | None,
     least: Mapping[str, int],
     feedback: bool,
+    bits_per: BitsPer,
 ) -> dict[str, Bits]:
     if mean_bits == 8:
         return {n: np.full(len(la.rows), 8, dtype=np.int64) for n, la in layers.items()}
     tables = noise_tables(layers, feedback=feedback) if tables is None else tables
-    counts = weight_counts(layers.values())
-    floors = np.concatenate([np.full(len(la.rows), least.get(la.name, 0)) for la in layers.values()])
-    stacked = np.concatenate([tables[name] for name in layers])
-    bits = allocate(LEVELS, stacked, counts, int(mean_bits * counts.sum()), floors)
-    ends = np.cumsum([len(la.rows) for la in layers.values()])
-    return dict(zip(layers, np.split(bits, ends[:-1]), strict=True))
+    # Channels that share their bits are one to the allocation: their distortions add up, as their weights do.
+    felt = {n: tables[n] if bits_per == "channel" else tables[n].sum(0, keepdims=True) for n in layers}
+    none = 0 if bits_per == "channel" else 1
+    counts = np.concatenate([np.full(len(felt[n]), la.rows.size // len(felt[n])) for n, la in layers.items()])
+    floors = np.concatenate([np.full(len(felt[n]), max(least.get(la.name, 0), none)) for n, la in layers.items()])
+    bits = allocate(LEVELS, np.concatenate(list(felt.values())), counts, int(mean_bits * counts.sum()), floors)
+    parts = np.split(bits, np.cumsum([len(t) for t in felt.values()])[:-1])
+    return {n: np.repeat(b, len(layers[n].rows) // len(b)) for n, b in zip(layers, parts, strict=True)}
 
 
 def _float_bias(graph: Graph, layer: Layer) -> Array:

@@ -24,7 +24,7 @@ from xedge.quantize import Sensitivity
 from xedge.ranges import RangeRule
 from xedge.run import digest_file, digest_json
 from xedge.subpixel import find_subpixels, rewritten
-from xedge.target import Target
+from xedge.target import BitsPer, Target
 from xedge.teacher import Teacher, choose_teacher
 
 DEFAULT_BUDGET = Budget(macs=0.5, max_drop=0.01)
@@ -36,7 +36,7 @@ PICTURE_RATE, PICTURE_BATCH = 5e-4, 16
 
 _QUANTISATION = (
     "bits", "bytes", "bits_drop", "sensitivity", "ranges", "feedback", "bias_correction", "fit", "equalize",
-    "keep_float", "bits_min", "codebook",
+    "keep_float", "bits_min", "bits_per", "codebook",
 )  # fmt: skip
 
 
@@ -66,6 +66,7 @@ class Request:
     equalize: bool = False
     keep_float: str | None = None
     bits_min: tuple[tuple[int, str], ...] = ()
+    bits_per: BitsPer = "channel"
     codebook: bool = False
     qat: int = 0
     epochs: int = 3
@@ -206,6 +207,12 @@ class Loaded:
         return None if given is None else amount(given, "--bits-drop", restores=self.data.restores)
 
     @property
+    def bits_per(self) -> BitsPer:
+        """What has a width of its own: the coarsest of --bits-per and what the targets take."""
+        asked = (self.request.bits_per, *(t.bits_per for t in self.targets))
+        return max(asked, key=get_args(BitsPer).index)
+
+    @property
     def timed(self) -> Target:
         """The target that a latency budget is for: the device's, or the only one.
 
@@ -298,6 +305,10 @@ def load_everything(request: Request) -> Loaded:
     if request.criterion in ("fdr", "dfdr"):
         need_classes(teacher)
     loaded = Loaded(request, data, teacher, targets, model, untrained)
+    if request.codebook and loaded.bits_per == "tensor":
+        raise UsageError(
+            "a codebook has a scale for each channel", where="--codebook", fix="ask for --bits-per layer, or none"
+        )
     if request.latency is not None:
         runtime_for(Path(f"model{loaded.timed.suffix}"))
     return loaded
@@ -341,6 +352,7 @@ def _check_numbers(r: Request) -> None:
     for name, given, known in (
         ("sensitivity", r.sensitivity, get_args(Sensitivity)),
         ("ranges", r.ranges, get_args(RangeRule)),
+        ("bits-per", r.bits_per, get_args(BitsPer)),
         ("allocation", r.allocation or HOWS[0], HOWS),
         ("stop", r.stop, STOPS),
     ):

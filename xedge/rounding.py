@@ -12,7 +12,7 @@ from -(2^b - 1) to 2^b - 1, which lie even about 0. Of 4 bits it has the first, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -121,12 +121,13 @@ class Grid:
         return self.rounding(channel)(steps)
 
 
-def _search(rows: Array, worth: Array, bits: int) -> tuple[Array, NDArray[np.bool_]]:
-    """(scale [O], odd [O]) with the least squared error of rows [O, T, K], weighted by `worth`."""
+def _search(rows: Array, worth: Array, bits: int, *, shared: bool) -> tuple[Array, NDArray[np.bool_]]:
+    """(scale [O], odd [O]) with the least squared error of rows [O, T, K], weighted by `worth`; `shared`: all alike."""
     w, d = (
         torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for a in (rows, np.broadcast_to(worth, rows.shape))
     )
     most = w.abs().amax((1, 2))
+    most = most.max().expand_as(most) if shared else most
     most = torch.where(most > 1e-20, most, 1.0)  # weights as good as 0 would give a scale that is no float32
     best, chosen, kind = torch.full_like(most, torch.inf), most.clone(), torch.zeros(len(most), dtype=torch.bool)
     for odd in (False, True) if bits in EITHER else (bits == 1,) if bits else ():
@@ -137,6 +138,7 @@ def _search(rows: Array, worth: Array, bits: int) -> tuple[Array, NDArray[np.boo
             scale = most * (part / one.high[0])
             error = nearest(w / scale[:, None, None]).mul_(-scale[:, None, None]).add_(w).square_().mul_(d)
             loss = error.sum((1, 2))
+            loss = loss.sum().expand_as(loss) if shared else loss
             better = loss < best
             best[better], chosen[better], kind[better] = loss[better], scale[better], odd
     return chosen.double().numpy(), kind.numpy()
@@ -153,6 +155,7 @@ class Layer:
         groups: of the convolution.
         split: whether the Gram keeps only the blocks of single input channels.
         ridge: relative to the mean variance, added to the Gram's diagonal where errors are fed forward.
+        shared: whether all channels of one width share one scale.
     """
 
     node: NodeProto
@@ -163,6 +166,7 @@ class Layer:
     groups: int
     split: bool
     ridge: float = RIDGES[0]
+    shared: bool = False
 
     def distortion(self, error: Array, gram: Array | None = None) -> Array:
         """delta^T S delta of each output channel, [O], for errors [O, T, K]; `gram` takes the place of S."""
@@ -198,8 +202,9 @@ class Layer:
         diagonal = diagonal + 1e-3 * (diagonal.mean() or 1.0)
         for b in np.unique(bits):
             which = np.flatnonzero(bits == b)
-            scale[which], odd[which] = _search(self.rows[which], diagonal[which], int(b))
-        scale = scale if least is None else np.maximum(scale, least)
+            scale[which], odd[which] = _search(self.rows[which], diagonal[which], int(b), shared=self.shared)
+        if least is not None:
+            scale = np.maximum(scale, least.max() if self.shared else least)
         return Grid.of(bits, scale.astype(np.float32).astype(np.float64), odd)
 
     def repeated(self, times: int) -> Layer:
@@ -222,8 +227,8 @@ class Layer:
         return upper
 
 
-def layers_of(proto: ModelProto, moments: dict[str, Patches]) -> dict[str, Layer]:
-    """Weight name -> its layer, in the order of execution.
+def layers_of(proto: ModelProto, moments: dict[str, Patches], *, shared: bool = False) -> dict[str, Layer]:
+    """Weight name -> its layer, in the order of execution; `shared` as in `Layer`.
 
     Raises:
         UnsupportedGraph: the model has no weights that can be quantised.
@@ -232,7 +237,7 @@ def layers_of(proto: ModelProto, moments: dict[str, Patches]) -> dict[str, Layer
     nodes = {n.input[1]: n for n in graph.weighted()}
     if not nodes:
         raise UnsupportedGraph("the graph has no convolution or linear layer with constant weights")
-    return {name: make_layer(graph, node, moments[name]) for name, node in nodes.items()}
+    return {name: replace(make_layer(graph, node, moments[name]), shared=shared) for name, node in nodes.items()}
 
 
 def make_layer(graph: Graph, node: NodeProto, patches: Patches) -> Layer:
@@ -302,8 +307,3 @@ def choose_ridges(proto: ModelProto, calibration: Calibration, held: dict[str, P
             noise[ridge] = judges[name].distortion(layer.rows - q * scale[:, None, None]).sum()
         chosen[name] = replace(calibration.patches[name], ridge=min(RIDGES, key=noise.__getitem__))
     return replace(calibration, patches=chosen, held=held)
-
-
-def weight_counts(layers: Iterable[Layer]) -> NDArray[np.int64]:
-    """Weights of every output channel, all layers one after another."""
-    return np.concatenate([np.full(len(la.rows), la.rows[0].size, dtype=np.int64) for la in layers])

@@ -55,6 +55,7 @@ def distortions(
     held: Callable[[], Iterable[Sample]] | None = None,
     feedback: bool = True,
     seed: int = 0,
+    shared: bool = False,
 ) -> dict[str, Array]:
     """Weight name -> distortion of each channel at each of LEVELS, [O, 9], comparable between layers.
 
@@ -69,8 +70,9 @@ def distortions(
             to the images it knows, the more so the fewer these are.
         feedback: measure the errors after error feedback.
         seed: of the labels that `kfac` draws from the model's own answers.
+        shared: measure the errors with one scale for all channels of a layer.
     """
-    layers = layers_of(proto, calibration.patches)
+    layers = layers_of(proto, calibration.patches, shared=shared)
     if how == "uniform":
         return {n: la.rows[0].size * np.tile(4.0**-LEVELS, (len(la.rows), 1)) for n, la in layers.items()}
     if how == "mse":

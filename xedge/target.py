@@ -24,6 +24,10 @@ Flavour = Literal["tensorrt", "litert", "onnxruntime", "float"]
 - ``float``: no Q/DQ, for chips whose runtime has no integer arithmetic.
 """
 
+BitsPer = Literal["channel", "layer", "tensor"]
+"""How finely bits may differ, from the finest on: each output channel has its own; all channels of a layer share one
+width, each with its own scale; they share the scale as well."""
+
 Runner = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """A compiled model on this host: a batch [N, C, H, W] of float32 in, the outputs [N, ...] of float32 out."""
 
@@ -71,6 +75,7 @@ class Target:
         flavour: the QDQ dialect it is compiled from.
         align: channel counts are kept at multiples of this, so that integer kernels stay eligible.
         weight_bits: widths a weight's container may have on this target.
+        bits_per: what has a width of its own.
         activation_symmetric: activations use zero-point 0 only.
         opset: the ONNX opset written for it.
         suffix: of the artefact's model file, ``.onnx`` or ``.tflite``.
@@ -93,6 +98,7 @@ class Target:
     opset: int = 17
     suffix: str = ".onnx"
     weight_bits: tuple[int, ...] = (8,)
+    bits_per: BitsPer = "channel"
     activation_symmetric: bool = False
     half: Callable[[Path, Path, str], Path] | None = None
     aliases: tuple[str, ...] = ()
@@ -101,6 +107,6 @@ class Target:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the functions."""
-        names = ("name", "summary", "flavour", "align", "opset", "suffix", "weight_bits", "activation_symmetric")
-        facts = {n: getattr(self, n) for n in (*names, "aliases", "sources")}
+        names = ("name", "summary", "flavour", "align", "opset", "suffix", "weight_bits", "bits_per")
+        facts = {n: getattr(self, n) for n in (*names, "activation_symmetric", "aliases", "sources")}
         return {**facts, "facts": [asdict(f) for f in self.facts]}
