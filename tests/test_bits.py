@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from xedge.bits import allocate, closed_form, lower_hull
+from xedge.bits import allocate, closed_form, compare, lower_hull
 from xedge.errors import UsageError
 
 Array = NDArray[np.float64]
@@ -193,3 +193,38 @@ def test_integer_allocation_approaches_the_closed_form(seed: int) -> None:
     assert np.average(np.abs(got - bits), weights=weights) < 0.5 / fine
     least = float(sensitivity @ 4.0**-bits)
     assert least * (1 - 1e-9) <= float(sensitivity @ 4.0**-got) <= least * 1.02
+
+
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 8), mean=st.floats(0.1, 7))
+def test_a_closed_form_with_a_ceiling_keeps_to_it_and_to_the_budget(seed: int, n: int, mean: float) -> None:
+    r = np.random.default_rng(seed)
+    sensitivity, weights, most = r.lognormal(0, 4, n), r.integers(1, 50, n).astype(float), r.integers(1, 8, n)
+    budget = mean * weights.sum()
+    bits = closed_form(sensitivity, weights, budget, most.astype(float))
+    assert (bits >= 0).all()
+    assert (bits <= most + 1e-9).all()
+    assert weights @ bits == pytest.approx(min(budget, float(weights @ most)), rel=1e-9)
+    gain = sensitivity * 4.0**-bits / weights  # equal between the bounds, no more at 0, no less at the ceiling
+    inside = (bits > 1e-9) & (bits < most - 1e-9)
+    if inside.any():
+        np.testing.assert_allclose(gain[inside], gain[inside].max(), rtol=1e-6)
+        assert (gain[bits <= 1e-9] <= gain[inside].max() * (1 + 1e-6)).all()
+        assert (gain[bits >= most - 1e-9] >= gain[inside].min() * (1 - 1e-6)).all()
+
+
+@given(seed=st.integers(0, 2**31), part=st.floats(0, 1))
+def test_the_closed_form_beside_the_optimum(seed: int, part: float) -> None:
+    """Where D = s 4^-b it is as good up to one step; where D has another shape it may lose, and never spends more."""
+    r = np.random.default_rng(seed)
+    levels, n = np.arange(9), 12
+    weights, least = np.full(n, 7), r.integers(0, 3, n)
+    low = int(weights @ least)
+    budget = low + round(part * (8 * int(weights.sum()) - low))
+    for shape in (r.lognormal(0, 2, (n, 1)) * 4.0**-levels, tables(seed, n, 9, convex=True)):
+        found = compare(shape, weights, budget, least, allocate(levels, shape, weights, budget, least))
+        assert found.closed >= found.optimum * (1 - 1e-9), "equal weights and convex: nothing beats the optimum"
+    exact = r.lognormal(0, 2, (n, 1)) * 4.0**-levels
+    found = compare(exact, weights, budget, least, allocate(levels, exact, weights, budget, least))
+    assert found.closed <= 2.5 * found.optimum
+    assert found.apart <= 1
+    assert f"{found.closed / found.optimum:.2f} times" in found.words()

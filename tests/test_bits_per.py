@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -124,6 +126,13 @@ def test_a_target_of_ones_own_demands_it(xedge: Xedge, weights: Path, tmp_path: 
     table = ScaleTable.load(tmp_path / "run/scales.safetensors")
     assert table.bits_per == "tensor"
     assert all(len(set(w.scale.tolist())) == len(set(w.bits.tolist())) == 1 for w in table.weights.values())
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    (said,) = (note for note in report["notes"] if "integer optimum" in note)
+    assert re.search(r"distortion of \d\S+, the closed form in whole bits under the same budget \d", said)
+    assert table.compared is not None
+    assert said == table.compared.words()
+    assert table.compared.optimum <= table.compared.closed * (1 + 1e-9)
+    assert said in (tmp_path / "run/report.html").read_text()
     stored = constants(onnx.load(next((tmp_path / "run/targets/my-board").glob("*.onnx"))))
     assert all(stored[f"{name}_scale"].size == 1 for name in table.weights)
     refused = xedge(*words, "--codebook", "-o", tmp_path / "no")

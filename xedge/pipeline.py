@@ -150,7 +150,9 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         last = in_order(run, loaded, last, result.groups)
         ready, floats, scales, model_file = last.model, last.floats, last.scales, last.weights
         table = ScaleTable.load(scales)
-        soft = words(ScaleTable.load(first.scales), table, result.keep, last.keep, loaded.settings.align)
+        begun = ScaleTable.load(first.scales)
+        chosen = [begun.compared.words()] if begun.compared is not None else []
+        soft = words(begun, table, result.keep, last.keep, loaded.settings.align)
         result = replace(result, model=ready, keep=last.keep)
         plan = run.step(
             "plan.json",
@@ -193,7 +195,7 @@ def compress(request: Request, folder: Path | None = None, talk: Talk | None = N
         )
         with safe_open(weights, "pt") as opened:
             note = (opened.metadata() or {}).get("note")
-        extra = [*soft, *precision_notes(run.folder, choices), *([note] if note else [])]
+        extra = [*chosen, *soft, *precision_notes(run.folder, choices), *([note] if note else [])]
         report = replace(report, notes=(*report.notes, *extra))
         if data.pictures:
             report = replace(

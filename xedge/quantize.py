@@ -8,7 +8,7 @@ delta_o^T Q_o delta_o; `sensitivity` has five choices of Q. `bits.allocate` spen
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
-from xedge.bits import allocate
+from xedge.bits import Compared, allocate, compare
 from xedge.errors import UsageError
 from xedge.onnx_graph import Graph
 from xedge.ranges import Calibration, RangeRule, shared_ranges, wide_enough
@@ -68,12 +68,14 @@ class ScaleTable:
         activations: tensor name -> (low, high), zero included.
         codebooks: whether the weights of a layer share few integers, which may be stored as such.
         bits_per: what has a width of its own; per "tensor" all scales of a weight are equal, and written as one.
+        compared: the allocation of the bits beside the closed form; None where nothing was allocated.
     """
 
     weights: dict[str, WeightScale]
     activations: dict[str, tuple[float, float]]
     codebooks: bool = False
     bits_per: BitsPer = "channel"
+    compared: Compared | None = None
 
     def mean_bits(self) -> float:
         """Planned bits a weight."""
@@ -94,6 +96,7 @@ class ScaleTable:
         tensors: dict[str, NDArray[Any]] = {}
         meta: dict[str, Any] = {
             "activations": self.activations, "weights": {}, "codebooks": self.codebooks, "bits_per": self.bits_per,
+            "compared": None if self.compared is None else astuple(self.compared),
         }  # fmt: skip
         for name, w in self.weights.items():
             meta["weights"][name] = {"layer": w.layer, "axis": w.axis}
@@ -126,7 +129,8 @@ class ScaleTable:
                 for name, row in meta["weights"].items()
             }
         activations = {k: (float(a), float(b)) for k, (a, b) in meta["activations"].items()}
-        return cls(weights, activations, bool(meta.get("codebooks", False)), meta.get("bits_per", "channel"))
+        compared = None if meta.get("compared") is None else Compared(*meta["compared"])
+        return cls(weights, activations, bool(meta.get("codebooks", False)), meta.get("bits_per", "channel"), compared)
 
 
 def asymmetric(low: float, high: float) -> tuple[np.float32, int]:
@@ -181,10 +185,11 @@ def quantize(
     layers = {n: la for n, la in every.items() if la.name not in keep_float}
     if not layers:
         raise UsageError("no layer is left to quantise", fix="keep fewer float with --keep-float")
-    chosen = _choose(layers, mean_bits, tables, least or {}, feedback, bits_per)
-    return round_to(
+    chosen, compared = _choose(layers, mean_bits, tables, least or {}, feedback, bits_per)
+    table = round_to(
         proto, calibration, chosen, feedback=feedback, correct=correct, rule=rule, images=images, bits_per=bits_per
     )
+    return replace(table, compared=compared)
 
 
 def round_to(
@@ -321,18 +326,20 @@ def _choose(
     least: Mapping[str, int],
     feedback: bool,
     bits_per: BitsPer,
-) -> dict[str, Bits]:
+) -> tuple[dict[str, Bits], Compared | None]:
     if mean_bits == 8:
-        return {n: np.full(len(la.rows), 8, dtype=np.int64) for n, la in layers.items()}
+        return {n: np.full(len(la.rows), 8, dtype=np.int64) for n, la in layers.items()}, None
     tables = noise_tables(layers, feedback=feedback) if tables is None else tables
     # Channels that share their bits are one to the allocation: their distortions add up, as their weights do.
     felt = {n: tables[n] if bits_per == "channel" else tables[n].sum(0, keepdims=True) for n in layers}
     none = 0 if bits_per == "channel" else 1
     counts = np.concatenate([np.full(len(felt[n]), la.rows.size // len(felt[n])) for n, la in layers.items()])
     floors = np.concatenate([np.full(len(felt[n]), max(least.get(la.name, 0), none)) for n, la in layers.items()])
-    bits = allocate(LEVELS, np.concatenate(list(felt.values())), counts, int(mean_bits * counts.sum()), floors)
+    stacked, budget = np.concatenate(list(felt.values())), int(mean_bits * counts.sum())
+    bits = allocate(LEVELS, stacked, counts, budget, floors)
     parts = np.split(bits, np.cumsum([len(t) for t in felt.values()])[:-1])
-    return {n: np.repeat(b, len(layers[n].rows) // len(b)) for n, b in zip(layers, parts, strict=True)}
+    chosen = {n: np.repeat(b, len(layers[n].rows) // len(b)) for n, b in zip(layers, parts, strict=True)}
+    return chosen, compare(stacked, counts, budget, floors, bits)
 
 
 def _float_bias(graph: Graph, layer: Layer) -> Array:
