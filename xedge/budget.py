@@ -104,17 +104,17 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
     fewest = _fewest(counts, floats, least, none)
     grid = [*np.arange(max(LEAST, np.ceil(fewest / STEP) * STEP), request.bits, STEP).tolist(), request.bits]
     if request.bytes is not None:
-        allowed = request.bytes
+        allowed, sizes = request.bytes, list[int]()
 
         def small(table: ScaleTable) -> bool:
-            size = max(_packed(table, proto, t) for t in loaded.targets)
-            talk.say(f"  {table.mean_bits():.3f} mean bits: {size} bytes")
-            return size <= allowed
+            sizes.append(max(_packed(table, proto, t) for t in loaded.targets))
+            talk.say(f"  {table.mean_bits():.3f} mean bits: {sizes[-1]} bytes")
+            return sizes[-1] <= allowed
 
         found = _last(grid, at, small)
         if found is None:
             raise UsageError(
-                f"--bytes {allowed} is less than the packed artefact has at {LEAST:g} mean bits",
+                f"--bytes {allowed} is less than the {min(sizes)} of the packed artefact at {grid[0]:g} mean bits",
                 fix="keep fewer channels with --macs, or allow more bytes",
             )
         bits, table = found
