@@ -139,12 +139,13 @@ def compile_onnx(onnx_path: Path, folder: Path, name: str) -> Path:
     opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     readme = folder / "README.md"
     kind = "int8 Q/DQ" if asked == "int8" else asked
-    ten, eleven = (shlex.join(command(v, asked)) for v in (10, 11))
+    eight, ten, eleven = (shlex.join(command(v, asked)) for v in (8, 10, 11))
     readme.write_text(
         f"1. {name}: {kind} ONNX, opset {opset}, batch 1. Copy this folder to the board and run `./build.sh`; an "
         "engine built elsewhere does not load there.\n"
-        f"2. TensorRT 10 (JetPack 6): `{ten}`\n"
-        f"3. TensorRT 11 (JetPack 7.2.2 and later): `{eleven}`\n"
+        f"2. TensorRT 8.5 (JetPack 5.1): `{eight}`\n"
+        f"3. TensorRT 10 (JetPack 6): `{ten}`\n"
+        f"4. TensorRT 11 (JetPack 7.2.2 and later): `{eleven}`\n"
     )
     initializers = {t.name for t in proto.graph.initializer}
     manifest = {

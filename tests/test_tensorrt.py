@@ -38,12 +38,13 @@ def test_folder_is_the_same_twice(tmp_path: Path) -> None:
         assert path.read_bytes() == (two / path.name).read_bytes()
 
 
-def test_readme_has_three_lines_with_the_exact_commands(tmp_path: Path) -> None:
+def test_readme_has_a_line_for_each_version_with_the_exact_commands(tmp_path: Path) -> None:
     lines = (artefact(tmp_path / "a") / "README.md").read_text().splitlines()
-    assert len(lines) == 3
-    for line, version in zip(lines[1:], (10, 11), strict=True):
+    assert len(lines) == 4
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    for line, version in zip(lines[1:], manifest["tensorrt"], strict=True):
         assert f"TensorRT {version} " in line
-        assert line.split("`")[1] == shlex.join(tensorrt.command(version))
+        assert line.split("`")[1] == shlex.join(tensorrt.command(int(float(version))))
 
 
 def test_flags_that_11_dropped_are_not_passed_to_it() -> None:
