@@ -96,7 +96,8 @@ def read(model: onnx.ModelProto, batch: int | None = 1) -> Graph:
     """The graph of `model` with its batch axis set to `batch` (None: as the file has it).
 
     Raises:
-        UnsupportedGraph: an opset below 13, a foreign domain, an unknown dimension, a quantisation that is not 8-bit.
+        UnsupportedGraph: an opset below 13, a foreign domain, an input that is not float32, an unknown dimension, a
+            quantisation that is not 8-bit.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
@@ -111,6 +112,14 @@ def read(model: onnx.ModelProto, batch: int | None = 1) -> Graph:
             )
         proto.domain = ""
     consts = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for value in model.graph.input:
+        kind = value.type.tensor_type.elem_type
+        if value.name not in consts and kind != onnx.TensorProto.FLOAT:
+            raise UnsupportedGraph(
+                f"its type is {onnx.TensorProto.DataType.Name(kind).lower()}, and the file would take float32",
+                where=f"input {value.name!r}",
+                fix="give the model a float32 input; cast in front of it",
+            )
     _fix_batch(model, consts, batch)
     stored: dict[str, Stored] = {}
     shapes: dict[str, tuple[int, ...]] = {}

@@ -123,3 +123,35 @@ def test_smaller_weights(tmp_path: Path) -> None:
         expected = np.concatenate([run.run(None, {"x": x[i : i + 1]})[0] for i in range(2)])
         np.testing.assert_allclose(tflite.load(tmp_path / "net.tflite", 1)(x), expected, atol=5e-3)
     assert invoke(model, "--to", "tflite", "--weights", "int2")[0] == 2
+
+
+def changed(path: Path, kind: int, batch: int) -> Path:
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    if kind != TensorProto.FLOAT:
+        model.graph.input[0].type.tensor_type.elem_type = kind
+        model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["cast"], to=TensorProto.FLOAT))
+        model.graph.node[1].input[0] = "cast"
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "name"), [(TensorProto.INT32, "int32"), (TensorProto.UINT8, "uint8")])
+def test_an_input_of_another_type_does_not_become_float32_unseen(tmp_path: Path, kind: int, name: str) -> None:
+    code, _, err = invoke(changed(net(tmp_path / "net.onnx"), kind, 1), "--to", "tflite")
+    assert code == 6
+    assert f"input 'x': its type is {name}" in err
+    assert err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx"]
+
+
+def test_a_batch_that_is_not_kept_is_said(tmp_path: Path) -> None:
+    model = changed(net(tmp_path / "net.onnx"), TensorProto.FLOAT, 4)
+    code, printed, err = invoke(model, "--to", "tflite")
+    assert (code, printed) == (0, f"{tmp_path / 'net.tflite'}\n")
+    assert err == "xedge: batch 4 is written as 1\n"
+    x = np.random.default_rng(2).standard_normal((4, 3, 8, 8)).astype(np.float32)
+    expected = ort.InferenceSession(model).run(None, {"x": x})[0]
+    np.testing.assert_allclose(tflite.load(tmp_path / "net.tflite", 1)(x), expected, atol=1e-5)

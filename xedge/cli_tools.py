@@ -41,7 +41,7 @@ def convert(model: Path, kind: str, output: Path | None, weights: Any) -> None:
     """Convert an ONNX model: float, or quantised (Q/DQ) by xedge or another tool."""
     from xedge.convert import convert as run
 
-    click.echo(run(model, kind, output, weights))
+    click.echo(run(model, kind, output, weights, lambda line: click.echo(f"xedge: {line}", err=True)))
 
 
 @click.command()
