@@ -436,11 +436,14 @@ def _pointwise(e: Emitter, node: Node, x: Value, weights: Weights, bias: Array |
 
 
 def _matmul(e: Emitter, node: Node) -> None:
-    sides = []
+    sides, vectors = [], []
     for position, name in enumerate(node.inputs[:2]):
         if e.is_activation(name):
             value = e.plain(e.read(node, position))
-            rank, index = len(value.shape), value.index
+            vectors.append(len(value.shape) == 1)
+            if vectors[-1]:
+                value = e.reshape(value, (1, *value.shape) if position == 0 else (*value.shape, 1), (0, 1))
+            index = value.index
         else:
             held = e.graph.stored.get(name)
             if e.grid(node) is not None and (held is None or held.scale.size > 1):
@@ -448,17 +451,25 @@ def _matmul(e: Emitter, node: Node) -> None:
             grid = None
             if e.grid(node) is not None and held is not None:
                 grid = Grid(float(held.scale.reshape(())), int(held.zero_point.reshape(())))
-            rank, index = e.graph.consts[name].ndim, e.on_grid(name, e.graph.consts[name], grid)
-        if rank < 2:
-            raise UnsupportedGraph("an operand is a vector", where=str(node), fix="give it two axes")
+            real = e.graph.consts[name]
+            vectors.append(real.ndim == 1)
+            if vectors[-1]:
+                real = real[None] if position == 0 else real[:, None]
+            index = e.on_grid(name, real, grid)
         sides.append(index)
     like = e.raw(next(name for name in node.inputs if e.is_activation(name)))
     shape = e.graph.shapes[node.outputs[0]]
+    whole = list(shape)  # a vector on the left is a row, on the right a column, and the result has neither's axis
+    if vectors[1]:
+        whole.append(1)
+    if vectors[0]:
+        whole.insert(len(whole) - 1, 1)
     options = schema.BatchMatMulOptionsT()
     made = e.emit(
         "BATCH_MATMUL", sides, like, node.outputs[0],
-        shape=shape, perm=range(len(shape)), grid=e.grid(node), options=options,
+        shape=whole, perm=range(len(whole)), grid=e.grid(node), options=options,
     )  # fmt: skip
+    made = e.reshape(made, shape, range(len(shape))) if any(vectors) else made
     e.finish(node, e.clamp(made, node.clip))
 
 

@@ -52,17 +52,28 @@ def test_every_fact_has_a_source_and_one_name(target: Target) -> None:
 @pytest.mark.parametrize("name", BOARDS)
 def test_boards_say_what_matters(name: str) -> None:
     facts = {f.name: f for f in TARGETS[name].facts}
-    assert {"GPU cores", "CPU", "memory", "memory bandwidth", "JetPack"} <= set(facts)
+    assert {"precisions", "GPU cores", "CPU", "memory", "memory bandwidth", "JetPack"} <= set(facts)
     assert any(n.startswith("TensorRT with JetPack") for n in facts)
     assert facts["memory bandwidth"].unit == "GB/s"
     assert TARGETS[name].suffix == ".onnx"
+
+
+def test_the_docs_name_the_gaps() -> None:
+    gaps = {
+        f"the {what} of `{name}`"
+        for name in (*BOARDS, "pixel2", "pixel8")
+        for what in ("CPU", "memory bandwidth")
+        if what not in {f.name for f in TARGETS[name].facts}
+    }
+    (said,) = re.findall(r"Not found in a public source: ([^.]*)\.", " ".join(PAGE.split()))
+    assert set(said.split("; ")) == gaps
 
 
 def test_memory_bandwidth_is_width_times_rate() -> None:
     """The modules' memories by JEDEC rate: bits / 8 x GT/s."""
     buses = {
         "jetson-nano": (64, 3.2), "jetson-xavier-nx": (128, 3.733), "jetson-orin-nano": (128, 6.4),
-        "jetson-agx-orin": (256, 6.4), "jetson-thor": (256, 8.533),
+        "jetson-agx-orin": (256, 6.4), "jetson-thor": (256, 8.533), "pixel2": (64, 3.732),
     }  # fmt: skip
     for name, (bits, rate) in buses.items():
         (said,) = (f.value for f in TARGETS[name].facts if f.name == "memory bandwidth")
