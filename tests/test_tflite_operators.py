@@ -79,3 +79,31 @@ def test_any_chain_of_reshapes_and_transposes(data: st.DataObject) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     x = images(2, 4, 6, 2)
     np.testing.assert_allclose(tflite.runner(tflite.convert(model))(x), expected(model, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_vector_is_multiplied_in_integers(left: bool) -> None:
+    """MatMul of int8 with a constant of one axis, on either side: the result has neither's axis."""
+    draw = np.random.default_rng(0)
+    held = {
+        "xs": np.float32(0.03), "xz": np.int8(3), "v": draw.integers(-127, 128, 4 if left else 8).astype(np.int8),
+        "vs": np.float32(0.01), "vz": np.int8(0), "ys": np.float32(0.08), "yz": np.int8(-2),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["v", "vs", "vz"], ["vd"]),
+        helper.make_node("MatMul", ["vd", "xd"] if left else ["xd", "vd"], ["m"]),
+        helper.make_node("QuantizeLinear", ["m", "ys", "yz"], ["mq"]),
+        helper.make_node("DequantizeLinear", ["mq", "ys", "yz"], ["y"]),
+    ]
+    source, sink = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 4, 8]), ("y", None)))
+    constants = [numpy_helper.from_array(np.asarray(a), n) for n, a in held.items()]
+    graph = helper.make_graph(nodes, "vector", [source], [sink], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = draw.standard_normal((1, 4, 8)).astype(np.float32)
+    wanted = expected(model, x)
+    assert wanted.shape == (1, 8 if left else 4)
+    run = tflite.runner(tflite.convert(model))
+    assert run.interpreter.get_output_details()[0]["dtype"] == np.int8
+    assert np.abs(run(x) - wanted).max() <= 1.01 * 0.08
