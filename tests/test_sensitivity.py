@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from flavours import plain, randomised
-from onnx import ModelProto, helper
+from onnx import ModelProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from xedge.metrics import kl
@@ -21,7 +22,7 @@ from xedge.rounding import RIDGED, RIDGES, Layer, choose_ridges, layers_of, roun
 from xedge.sensitivity import PROBE_BITS, Sample, distortions, fisher, information, layer_weights
 from xedge.teacher import Teacher
 
-HOWS: tuple[Sensitivity, ...] = ("output", "di", "kfac", "uniform", "mse")
+HOWS: tuple[Sensitivity, ...] = ("output", "fisher", "di", "kfac", "uniform", "mse")
 SHAPE = (3, 12, 12)
 LABELS = Teacher("labels", 4)
 
@@ -218,3 +219,50 @@ def test_tables_are_of_the_rounding_that_is_used() -> None:
         assert (fed <= near).all()
         assert fed[:, 2:7].sum() < near[:, 2:7].sum() or layer.rows[0].size < 10
         np.testing.assert_allclose(near[:, 0], layer.distortion(layer.rows))
+
+
+class Strided(nn.Module):
+    """Convolutions of every form: strided and padded unevenly, depthwise, grouped and dilated, then a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(),
+            nn.Conv2d(8, 6, 3, padding=2, dilation=2, groups=2, bias=False), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def test_fisher_along_the_errors_is_the_divergence_they_cause() -> None:
+    """Half of E (delta . G)^2 is the divergence to second order: one channel rounded to 6 bits at a time."""
+    torch.manual_seed(0)
+    model = randomised(Strided().eval())
+    proto = export_float(model, SHAPE, 17)
+    calibration = calibrate(proto, lambda: (x for x, _ in samples()))
+    found = distortions("fisher", model, proto, calibration, lambda: (s for _ in range(6) for s in samples()), LABELS)
+    base, graph = outputs(proto), Graph(proto)
+    for name, layer in layers_of(proto, calibration.patches).items():
+        bits = np.full(len(layer.rows), 6)
+        whole = dequantised(proto, round_layers(proto, {name: layer}, {name: bits}, {}))
+        rounded_graph = Graph(whole)
+        (node,) = (n for n in rounded_graph.weighted() if n.input[1] == name)
+        new = [rounded_graph.array(name), rounded_graph.array(node.input[2])]
+        bias = graph.array(layer.node.input[2]) if len(layer.node.input) > 2 else np.zeros(len(bits), np.float32)
+        old = [graph.array(name), bias]
+        real = []
+        for o in range(len(layer.rows)):
+            one = onnx.ModelProto()
+            one.CopyFrom(whole)
+            for tensor in one.graph.initializer:
+                if tensor.name in (name, node.input[2]):
+                    which = int(tensor.name != name)
+                    mixed = old[which].copy()
+                    mixed[o] = new[which][o]
+                    tensor.CopyFrom(numpy_helper.from_array(mixed, tensor.name))
+            real.append(kl(base, outputs(one)))
+        np.testing.assert_allclose(found[name][:, 6].sum(), np.sum(real), rtol=0.3, err_msg=name)
+        assert np.corrcoef(found[name][:, 6], real)[0, 1] > 0.9

@@ -21,14 +21,14 @@ from torch import nn
 
 from xedge.codebook import quantize_by_codebook
 from xedge.data import Data, at_once, batches, enough
-from xedge.errors import AccuracyMissed, UsageError
+from xedge.errors import AccuracyMissed, UnsupportedGraph, UsageError
 from xedge.export import write_flavour
 from xedge.judge import Judge
 from xedge.onnx_graph import Graph
 from xedge.pack import pack
-from xedge.quantize import ScaleTable, quantize
+from xedge.quantize import ScaleTable, Sensitivity, quantize
 from xedge.ranges import Calibration, calibrate, for_pictures, last_layers, patch_moments
-from xedge.rounding import choose_ridges, layers_of
+from xedge.rounding import Array, choose_ridges, layers_of
 from xedge.sensitivity import Sample, distortions
 from xedge.train import predict
 from xedge.twins import Image, room
@@ -74,11 +74,21 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
     tables = None
     if request.bits < 8 or request.codebook or request.bytes is not None or request.bits_drop is not None:
         talk.say(f"  sensitivity: {request.sensitivity}")
-        tables = distortions(
-            request.sensitivity, model, proto, calibration, lambda: samples(data, request.seed), loaded.teacher,
-            held=lambda: held(data, request.seed), feedback=request.feedback, seed=request.seed,
-            shared=loaded.bits_per == "tensor",
-        )  # fmt: skip
+
+        def felt(how: Sensitivity) -> dict[str, Array]:
+            return distortions(
+                how, model, proto, calibration, lambda: samples(data, request.seed), loaded.teacher,
+                held=lambda: held(data, request.seed), feedback=request.feedback, seed=request.seed,
+                shared=loaded.bits_per == "tensor",
+            )  # fmt: skip
+
+        try:
+            tables = felt(request.sensitivity)
+        except UnsupportedGraph as e:
+            if request.sensitivity != "fisher":
+                raise
+            talk.say(f"  {e}: by output instead")
+            tables = felt("output")
 
     counts = {la.name: la.rows.size for la in layers_of(proto, calibration.patches).values()}
     floats = {n for n in counts if request.keep_float is not None and re.search(request.keep_float, n)}

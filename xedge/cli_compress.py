@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--bits", type=float, help="Mean bits a weight, 2 to 8; at most, beside the next two.  [8]")
 @click.option("--bytes", type=SIZE, help="Largest packed artefact: 300kB, 1.5MB.")
 @click.option("--bits-drop", type=DROP, help="Fewest bits that cost at most so much quality: 0.5% or 0.2dB.")
-@click.option("--sensitivity", help="Which channels get more bits: output, di, kfac, uniform, mse.  [output]")
+@click.option("--sensitivity", help="Which channels get more bits: fisher, output, di, kfac, uniform, mse.  [fisher]")
 @click.option("--ranges", help="Ranges of the activations: mse, percentile, minmax.  [mse]")
 @click.option("--feedback/--no-feedback", default=None, help="Feed rounding errors forward.  [yes]")
 @click.option("--bias-correction/--no-bias-correction", default=None, help="Mean errors go into biases.  [yes]")

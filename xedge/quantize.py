@@ -24,10 +24,15 @@ from xedge.rounding import CORRECTED, Array, Bits, Layer, channel_axis, from_row
 from xedge.target import BitsPer
 from xedge.twins import Image, Twins
 
-Sensitivity = Literal["output", "di", "kfac", "uniform", "mse"]
+Sensitivity = Literal["output", "fisher", "di", "kfac", "uniform", "mse"]
 """Which errors hurt: see `xedge.sensitivity`."""
 LEVELS = np.arange(9)
 """Widths a channel may have inside its int8 container; with 0 bits only its bias is left of it."""
+CAUTION = 3
+"""No channel gets fewer bits, or fewer than one below the mean: what errors of few bits cost is far from quadratic, and
+those that look cheap on some images are not on others."""
+IDLE = 1e-6
+"""Of the mean energy of a layer's channels: less may have 0 bits all the same."""
 BIAS_BITS = 28
 """An int32 bias stays below 2^28, so that the accumulator keeps room for the products and the bias for its
 correction."""
@@ -334,12 +339,21 @@ def _choose(
     felt = {n: tables[n] if bits_per == "channel" else tables[n].sum(0, keepdims=True) for n in layers}
     none = 0 if bits_per == "channel" else 1
     counts = np.concatenate([np.full(len(felt[n]), la.rows.size // len(felt[n])) for n, la in layers.items()])
-    floors = np.concatenate([np.full(len(felt[n]), max(least.get(la.name, 0), none)) for n, la in layers.items()])
     stacked, budget = np.concatenate(list(felt.values())), int(mean_bits * counts.sum())
+    asked = np.concatenate([np.full(len(felt[n]), max(least.get(la.name, 0), none)) for n, la in layers.items()])
+    idle = np.concatenate([_idle(la) if bits_per == "channel" else [_idle(la).all()] for la in layers.values()])
+    own = (np.maximum(asked, np.where(idle, 0, b)) for b in range(min(CAUTION, int(mean_bits) - 1), -1, -1))
+    floors = next((f for f in own if counts @ f <= budget), asked)
     bits = allocate(LEVELS, stacked, counts, budget, floors)
     parts = np.split(bits, np.cumsum([len(t) for t in felt.values()])[:-1])
     chosen = {n: np.repeat(b, len(layers[n].rows) // len(b)) for n, b in zip(layers, parts, strict=True)}
     return chosen, compare(stacked, counts, budget, floors, bits)
+
+
+def _idle(layer: Layer) -> NDArray[np.bool_]:
+    """Channels whose output hardly varies next to the layer's others, [O]: what they lose at 0 bits is known well."""
+    energy = layer.distortion(layer.rows)
+    return np.asarray(energy <= IDLE * energy.mean())
 
 
 def _float_bias(graph: Graph, layer: Layer) -> Array:

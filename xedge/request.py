@@ -58,7 +58,7 @@ class Request:
     bits: float = 8.0
     bytes: int | None = None
     bits_drop: Drop | None = None
-    sensitivity: Sensitivity = "output"
+    sensitivity: Sensitivity = "fisher"
     ranges: RangeRule = "mse"
     feedback: bool = True
     bias_correction: bool = True
