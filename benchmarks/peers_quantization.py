@@ -119,9 +119,9 @@ class Bench:
 
     @cached_property
     def felt(self) -> tuple[dict[str, Any], float]:
-        """Distortions by the layers' outputs, and their seconds."""
+        """Distortions along the errors, and their seconds."""
         started = time.monotonic()
-        return self.distortions("output"), time.monotonic() - started
+        return self.distortions("fisher"), time.monotonic() - started
 
     def distortions(self, how: Sensitivity) -> dict[str, Any]:
         """What each width costs; the peers have no use for the images held back."""

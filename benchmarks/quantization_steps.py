@@ -43,7 +43,7 @@ from xedge.twins import Image
 CLASSIFIERS = ("resnet20", "lenet5")
 JUDGED = 2000
 """Validation images at most."""
-HOWS: tuple[Sensitivity, ...] = ("output", "kfac", "di", "mse", "uniform")
+HOWS: tuple[Sensitivity, ...] = ("fisher", "output", "kfac", "di", "mse", "uniform")
 RULES: tuple[RangeRule, ...] = ("mse", "percentile", "minmax")
 
 
@@ -116,24 +116,24 @@ class Bench:
             made = quantize(s.proto, s.calibration, mean_bits=bits, tables=found)
             took = time.monotonic() - started
             self.row(f"weights, `{how}`", self.run(dequantised(s.proto, made.weights)), made.mean_bits(), took)
-            if how == "output":
+            if how == "fisher":
                 best = found
         started = time.monotonic()
         made = quantize(s.proto, s.calibration, mean_bits=bits, tables=best, images=self.pictures())
         took = time.monotonic() - started
-        self.row("weights, `output`, fitted", self.run(dequantised(s.proto, made.weights)), made.mean_bits(), took)
+        self.row("weights, `fisher`, fitted", self.run(dequantised(s.proto, made.weights)), made.mean_bits(), took)
         got = self.run(write_flavour(s.proto, made, "litert"))
         self.row("and activations, `mse`, fitted", got, made.mean_bits(), took)
         started = time.monotonic()
-        near = self.tables(s, "output", feedback=False)
+        near = self.tables(s, "fisher", feedback=False)
         took = time.monotonic() - started
         for name, tables, feedback, correct in (
-            ("no layer weights", None, True, True),
-            ("no error feedback", near, False, True),
-            ("no bias correction", best, True, False),
+            ("`output`, no layer weights", None, True, True),
+            ("`fisher`, no error feedback", near, False, True),
+            ("`fisher`, no bias correction", best, True, False),
         ):
             made = quantize(s.proto, s.calibration, mean_bits=bits, tables=tables, feedback=feedback, correct=correct)
-            self.row(f"weights, `output`, {name}", self.run(dequantised(s.proto, made.weights)), made.mean_bits(), took)
+            self.row(f"weights, {name}", self.run(dequantised(s.proto, made.weights)), made.mean_bits(), took)
         for rule in RULES:
             started = time.monotonic()
             made = quantize(s.proto, s.calibration, mean_bits=bits, tables=best, rule=rule)
@@ -142,7 +142,7 @@ class Bench:
             self.row(f"and activations, `{rule}`", got, made.mean_bits(), took)
         started = time.monotonic()
         e = self.equalised()
-        made = quantize(e.proto, e.calibration, mean_bits=bits, tables=self.tables(e, "output"))
+        made = quantize(e.proto, e.calibration, mean_bits=bits, tables=self.tables(e, "fisher"))
         took = time.monotonic() - started
         self.row("weights, equalised", self.run(dequantised(e.proto, made.weights)), made.mean_bits(), took)
         got = self.run(write_flavour(e.proto, made, "litert"))

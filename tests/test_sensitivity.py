@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -266,3 +267,19 @@ def test_fisher_along_the_errors_is_the_divergence_they_cause() -> None:
             real.append(kl(base, outputs(one)))
         np.testing.assert_allclose(found[name][:, 6].sum(), np.sum(real), rtol=0.3, err_msg=name)
         assert np.corrcoef(found[name][:, 6], real)[0, 1] > 0.9
+
+
+def test_only_idle_channels_fall_far_below_the_mean() -> None:
+    model = copy.deepcopy(net())
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    with torch.no_grad():
+        first.weight[2] = 0
+    proto = export_float(model, SHAPE, 17)
+    calibration = calibrate(proto, lambda: (x for x, _ in samples()))
+    name = Graph(proto).weighted()[0].input[1]
+    cheap = {n: np.geomspace(1, 1e-9, 9)[None].repeat(len(Graph(proto).array(n)), 0) for n in tables("fisher")}
+    cheap[name][:] = 0  # nothing lost at any width, as far as these tables know
+    for mean, least in ((2.0, 1), (3.0, 2), (4.0, 3), (6.0, 3)):
+        bits = quantize(proto, calibration, mean_bits=mean, tables=cheap).weights[name].bits
+        assert bits[2] == 0
+        assert {int(b) for b in np.delete(bits, 2)} == {least}
