@@ -75,8 +75,8 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
     if node.op_type == "Conv" and len(weight) in (3, 4):
         a = attributes(node)
         kernel = tuple(weight[2:])
-        stride, dilation = _ints(a.get("strides", [1, 1])), _ints(a.get("dilations", [1, 1]))
-        pads = _ints(a.get("pads", [0] * 2 * len(kernel)))
+        stride, dilation = ints(a.get("strides", [1, 1])), ints(a.get("dilations", [1, 1]))
+        pads = ints(a.get("pads", [0] * 2 * len(kernel)))
         if len(kernel) == 1:
             x, kernel, stride, dilation = x[:, :, None], (1, *kernel), [1, *stride[-1:]], [1, *dilation[-1:]]
             pads = [0, pads[0], 0, pads[1]]
@@ -107,7 +107,8 @@ def positions(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.in
     return ys, xs
 
 
-def _ints(value: object) -> list[int]:
+def ints(value: object) -> list[int]:
+    """An attribute that is a list of whole numbers."""
     assert isinstance(value, Sequence)
     return [int(v) for v in value]
 

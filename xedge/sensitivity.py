@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch.nn import functional, grad
 
 from xedge.criteria.di import EPS, solve
 from xedge.errors import UnsupportedGraph
@@ -32,7 +32,7 @@ from xedge.judge import Judge
 from xedge.moments import Moments
 from xedge.onnx_graph import Graph, exposing, session
 from xedge.quantize import LEVELS, Sensitivity, dequantised, error_tables, noise_tables, round_layers
-from xedge.ranges import Calibration, attributes, patches, positions
+from xedge.ranges import Calibration, attributes, ints, patches, positions
 from xedge.rounding import CORRECTED, Array, Layer, layers_of, rounded
 from xedge.simulate import align, torch_graph
 from xedge.teacher import Teacher, windows
@@ -205,8 +205,8 @@ def gradients(
             answer = p.sqrt() * answer
             answer = answer - p * answer.sum(1, keepdim=True)  # its covariance is diag(p) - p p^T
         (logits * answer).sum().backward()  # type: ignore[no-untyped-call]
-        found = {w: run.kept[name].grad for w, name in own.items()}
-        yield {w: g for w, g in found.items() if g is not None}
+        found = {w: run.kept[name] for w, name in own.items()}
+        yield {w: torch.zeros_like(u) if u.grad is None else u.grad for w, u in found.items()}
     module.zero_grad()
 
 
@@ -230,11 +230,13 @@ def along(
 
     G_o is the gradient of one image by the channel's weights, as they act when the mean error is in the bias: summed
     over the positions of dloss/du_o times the patch less its mean. So the positions may add up or cancel, which `kfac`
-    leaves out. Transposed convolutions and layers of which torch's graph gives no gradient are as `kfac` has them.
+    leaves out. Transposed and three-dimensional convolutions, products without a bias, and weights of several uses are
+    as `kfac` has them.
     """
     graph = Graph(proto)
     shared = {n for n in layers if len(graph.consumers[n]) > 1}
-    own = [n for n, la in layers.items() if la.node.op_type in CORRECTED and n not in shared]
+    flat = {n for n in layers if len(graph.initializers[n].dims) <= 4}
+    own = [n for n, la in layers.items() if la.node.op_type in CORRECTED and n in flat - shared]
     out, rest = {}, [n for n in layers if n not in own]
     if rest:
         felt = fisher(model, proto, rest, ((x, 0) for x in images), seed)
@@ -266,13 +268,12 @@ def _by_weight(layer: Layer, x: Tensor, gradient: Tensor, shape: Sequence[int]) 
         found = gradient.mT @ x
     else:
         a, sides = attributes(layer.node), x.dim() - 2
-        pads = a.get("pads", [0] * 2 * sides)
-        around = [pads[i + side * sides] for i in reversed(range(sides)) for side in (0, 1)]
-        by = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight, 3: torch.nn.grad.conv3d_weight}[sides]
-        x, each = functional.pad(x, around), [1] * sides
-        found = by(
-            x, tuple(shape), gradient, tuple(a.get("strides", each)), 0, tuple(a.get("dilations", each)), layer.groups
+        pads, stride, dilation = (
+            ints(a.get(k, [at] * n * sides)) for k, at, n in (("pads", 0, 2), ("strides", 1, 1), ("dilations", 1, 1))
         )
+        around = [pads[i + side * sides] for i in reversed(range(sides)) for side in (0, 1)]
+        by = grad.conv1d_weight if sides == 1 else grad.conv2d_weight
+        found = by(functional.pad(x, around), tuple(shape), gradient, stride, 0, dilation, layer.groups)  # type: ignore[no-untyped-call]
     mean = torch.from_numpy(np.repeat(layer.mean, len(layer.rows) // layer.groups, 0).astype(np.float32))
     return found.flatten(1) - _by_channel(layer.node, gradient).sum(1, keepdim=True) * mean
 
