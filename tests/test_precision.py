@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from itertools import product
 from math import inf
@@ -170,9 +171,9 @@ def test_a_run_times_both_and_ships_what_the_whole_says(
     report = read_json(folder / "report.json")
     (choice,) = report.choices
     (form,) = [c for c in choice.candidates if c.form == MIXED]
-    assert form.words.startswith(("shipped; float are second", "rejected: "))
+    assert re.match(r"shipped; float are (first, )?second|rejected: ", form.words)  # first: by the clock
     said = [note for note in report.notes if " stays float: " in note]
-    assert [note.split()[0] for note in said] == (["second"] if choice.form == MIXED else [])
+    assert ("second" in [note.split()[0] for note in said]) == (choice.form == MIXED)
     monkeypatch.setattr(precision, "timed_points", None)  # it is sealed
     again = compress(request, folder, Talk(quiet=True), bench=False)
     assert {"candidates/host-cpu-precision.json", "candidates/host-cpu-precision.onnx"} <= set(again.skipped)

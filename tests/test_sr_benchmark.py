@@ -16,7 +16,7 @@ from xedge.metrics import macs, parameters
 
 def test_the_restorers_have_equal_multiply_adds_and_the_base_has_what_it_says() -> None:
     counts = {name: macs(make(), (3, 16, 16)).total / 256 for name, make in sr.RESTORERS.items()}
-    assert list(counts.values()) == [53_136, 53_136]
+    assert set(counts.values()) == {53_136}
     names = [*sr.SR, *sr.RESTORERS]
     assert len(set(names)) == len(names)
     small, base = (macs(sr.SR[n](), (3, 16, 16)).total for n in (f"{sr.BASE} of 8 channels", sr.BASE))
