@@ -6,8 +6,10 @@ import hashlib
 import math
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +30,12 @@ SUMMARY = "folder:DIR: pictures in class folders (train/ and val/, or split by t
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
 OPTIONS = ("size", "resize", "limit", "mean", "std", "crops", "interpolation", "select", "cache")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HEADERS_CHECKED = 2000
+HEADERS_CHECKED = 10_000
 
 # What PIL raises on damaged pictures, by decoder
 DAMAGED = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error, zlib.error)
+UNREADABLE = (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning)
+NO_RANGE = "floating-point pixels have no known range"
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,11 @@ def decode(path: Path) -> Image.Image:
                     (grey // 257 if picture.mode != "I" or grey.max() > 255 else grey).astype("u1")
                 )
             if picture.mode == "F":
-                raise ValueError("floating-point pixels have no known range")
+                raise ValueError(NO_RANGE)
             if picture.mode == "P":
                 picture = picture.convert("RGBA")  # transparency of a palette needs the detour
             return picture.convert("RGB")
-    except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except UNREADABLE as e:
         raise _damaged(path, e) from e
 
 
@@ -293,7 +297,7 @@ def copies_of_others(root: Path, names: Sequence[str]) -> set[int]:
 
 
 def check_headers(root: Path, names: Sequence[str], seed: int) -> None:
-    """Open some pictures without decoding them, so that a wrong file fails now and not after an hour.
+    """Open pictures, all or a sample of them, without decoding, so that a wrong file fails now and not after an hour.
 
     Raises:
         UsageError: one of them is not a picture; it is named.
@@ -302,8 +306,41 @@ def check_headers(root: Path, names: Sequence[str], seed: int) -> None:
         try:
             with Image.open(root / names[i]):
                 pass
-        except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        except UNREADABLE as e:
             raise _damaged(root / names[i], e) from e
+
+
+def check_whole(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """Read every picture to its end, keeping none, so that a damaged one is found now and not after hours.
+
+    A PNG by the checksums of its chunks, a JPEG at an eighth of its size (2 and 6 ms of a core for 2040x1356 pixels,
+    where decoding takes 104 and 39), others as they are.
+
+    Returns:
+        Their sizes, (width, height) as stored.
+
+    Raises:
+        UsageError: the first that is damaged, truncated, or not a picture; it is named.
+    """
+
+    def check(path: Path) -> tuple[int, int]:
+        try:
+            with Image.open(path) as file:
+                size = file.size
+                if file.mode == "F":
+                    raise ValueError(NO_RANGE)
+                if file.format == "PNG":
+                    file.verify()
+                else:
+                    file.draft("L", (1, 1))
+                    file.load()
+                return size
+        except UNREADABLE as e:
+            raise _damaged(path, e) from e
+
+    # Pillow's decoders let go of the interpreter's lock; what they warn of ends in an error, or is harmless
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(check, files))
 
 
 # -- the data --------------------------------------------------------------------------------------------------------

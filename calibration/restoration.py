@@ -21,7 +21,7 @@ from xedge.data import Batch, Data, Options, Picture, permutation, split
 from xedge.errors import UsageError, nearest
 from xedge.resample import imresize, to_bytes
 
-from .folder import copies_of_others, decode, pictures_in
+from .folder import check_whole, copies_of_others, decode, pictures_in
 
 SUMMARY = "sr:DIR?scale=4, denoise:DIR?sigma=30, deblock:DIR?q=10: pairs made from the pictures of a folder"
 NAMES = ("sr", "denoise", "deblock")
@@ -43,6 +43,9 @@ INSIDE = ("HR", "original", "GTmod12", "GTmod", "image_SRF_{scale}")
 
 STEPS = (0.7548776662466927, 0.5698402909980532)
 """1 / p and 1 / p^2, p the plastic number, the root of p^3 = p + 1."""
+
+SMALLEST = 8
+"""Side of a patch, at least."""
 
 Bytes = NDArray[np.uint8]
 Degrade = Callable[[Bytes, str], Bytes]
@@ -75,7 +78,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
     evenly, from a start that depends on the seed and on the picture's name only.
 
     Args:
-        pictures: whole.
+        pictures: whole, none smaller than a patch.
         scale: how much larger the truth is.
         patch: side of the input in pixels.
         each: patches of a picture.
@@ -108,12 +111,6 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         at, number = divmod(range(len(self))[index], self.each)
         small, truth = self._whole(at)
-        if min(small.shape[:2]) < self.patch:
-            raise UsageError(
-                f"is {small.shape[1]}x{small.shape[0]}, smaller than a patch of {self.patch}",
-                where=self.pictures[at].name,
-                fix=f"remove it, or add patch={min(small.shape[:2])}",
-            )
         top, left = (
             int((start + number * step) % 1.0 * (n - self.patch + 1))
             for start, step, n in zip(self._start[at], STEPS, small.shape[:2], strict=True)
@@ -200,7 +197,7 @@ def choose(folder: Path, test: str | None, root: Path | None, scale: int, opts: 
     notes: list[str] = []
     if test is not None and test.endswith(".txt"):
         try:
-            names = set(Path(test).read_text().split())
+            names = {line.strip() for line in Path(test).read_text(encoding="utf-8").splitlines()} - {""}
         except (OSError, UnicodeDecodeError) as e:
             raise UsageError(f"cannot be read ({e})", where=test, fix="give one picture's name a line") from e
         if missing := names - {p.name for p in found}:
@@ -229,6 +226,21 @@ def choose(folder: Path, test: str | None, root: Path | None, scale: int, opts: 
             "has too few pictures to give train, select and val one each", where=str(folder), fix="give three or more"
         )
     return Chosen([found[i] for i in rest], [found[i] for i in held], val, tuple(notes))
+
+
+def check_pictures(files: Sequence[Path], scale: int, patch: int) -> None:
+    """Read every picture once, so that none stops the training later.
+
+    Raises:
+        UsageError: one is damaged, or its input is smaller than a patch; it is named.
+    """
+    for file, (width, height) in zip(files, check_whole(files), strict=True):
+        if (short := min(width, height) // scale) < patch:
+            raise UsageError(
+                f"is {width // scale}x{height // scale}{' once shrunk' * (scale > 1)}, smaller than a patch of {patch}",
+                where=str(file),
+                fix="remove it" + (f", or add patch={short}" if short >= SMALLEST else ""),
+            )
 
 
 # -- the data --------------------------------------------------------------------------------------------------------
@@ -260,11 +272,12 @@ def load(path: str | None, options: Mapping[str, str], *, root: Path | None, see
     low, high, usual = {"sr": (2, 4, 4), "denoise": (1, 100, 30), "deblock": (1, 95, 10)}[kind]
     strength = opts.integer(level, low=low, high=high) or usual
     scale = strength if kind == "sr" else 1
-    patch = opts.integer("patch", low=8, high=1024) or 48
+    patch = opts.integer("patch", low=SMALLEST, high=1024) or 48
     folder = Path(path)
     if root is not None and not folder.is_dir() and (root / folder).is_dir():
         folder = root / folder
     chosen = choose(folder, opts.values.get("test"), root, scale, opts, seed)
+    check_pictures([*chosen.train, *chosen.select, *chosen.val], scale, patch)
     degrade: dict[str, Degrade] = {
         "sr": lambda truth, _: shrink(truth, scale),
         "denoise": lambda truth, name: noisy(truth, name, strength),

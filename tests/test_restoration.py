@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,64 @@ def test_every_row_of_weights_sums_to_one_and_straight_lines_stay_straight(size:
 
 def test_bytes_are_rounded_with_halves_upwards_and_clipped() -> None:
     assert to_bytes(np.array([-3.0, 0.49, 0.5, 1.5, 254.5, 300.0])).tolist() == [0, 0, 1, 2, 255, 255]
+
+
+MATLABS = {
+    (3, 2): """
+        116 187 237 171  94  61 135 191 187  75  91 142 140 124 108
+         43  92 143 149 164 163 119 123 118  44  38  80 151 118  62
+         13  21  47 107 195 228 115  81  70  24  19  56 137 105  48
+        146  98  49  49  71 107 148 159 132  58 124 176  61  85 146
+        118 139 144  92 116 168 201 188 159 140 167 158  27  69 153
+         61 151 218 145 174 219 201 164 146 187 148  84  48  76 115
+        102 132 151 119  90  72  72  72  83 114  60  31 144 130  80
+         81 121 154 133  87  41  19  67 116  95 108 140 183 180 163
+         37  95 152 150 117  73  35 108 179 130 174 214 153 176 219
+          3  29  73 131 136 120 116 162 214 229 147  54  35  62  96
+         67  54  51  83 153 187 111 141 210 255 149  22  13  42  74
+        142  99  53  43 164 237  77 103 197 254 159  42  31  59  91""",
+    (1, 2): """
+        105 140 126  81 109
+        110 134 153 114  93
+        108 108  94 127 146
+         67 126 162 149  62""",
+    (1, 3): """
+        115 135  97 101
+        113 119 124 125
+         81 157 118  64""",
+}
+"""MATLAB's imresize(uint8(PRINTED), by, "bicubic") as the tests of GNU Octave's image package 2.14.0 give it
+(imresize.m, "reference results from matlab"). Of uint8 MATLAB rounds after each axis, rows first."""
+
+PRINTED = np.array([
+    [116, 227, 153, 69, 146, 194, 59, 130, 139, 106],
+    [2, 47, 137, 249, 90, 75, 16, 24, 158, 44],
+    [155, 68, 46, 84, 166, 156, 69, 204, 32, 152],
+    [71, 221, 137, 230, 210, 153, 192, 115, 30, 118],
+    [107, 143, 108, 52, 51, 73, 101, 21, 175, 90],
+    [54, 158, 143, 77, 26, 168, 113, 229, 165, 225],
+    [9, 47, 133, 135, 130, 207, 236, 43, 19, 73],
+    [129, 60, 59, 243, 64, 181, 249, 56, 32, 86],
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("by", MATLABS)
+def test_it_is_what_matlab_printed(by: tuple[int, int]) -> None:
+    up, down = by
+    matlabs = np.array([line.split() for line in MATLABS[by].strip().splitlines()], np.int64)
+    # Where the size is no multiple, MATLAB keeps the factor; so does a picture continued by its mirror images, then cut
+    continued = np.pad(PRINTED, ((0, 16), (0, 20)), "symmetric")
+    height, width = (n * up // down for n in continued.shape)
+    rows = to_bytes(imresize(continued, height, continued.shape[1]))
+    off = to_bytes(imresize(rows, height, width))[: matlabs.shape[0], : matlabs.shape[1]] - matlabs
+    assert np.count_nonzero(off) <= (by == (3, 2))  # of 180: 250.5 between the axes, which MATLAB rounded down
+    assert np.abs(off).max() <= 1
+
+
+def test_in_floating_point_it_is_matlabs_to_the_last_digit_printed() -> None:
+    # the same file, "values from MATLAB": imresize([10, 6], [3, 3], "cubic")
+    expected = [[10.27777777777777, 8, 5.72222222222222]] * 3
+    np.testing.assert_allclose(imresize(np.array([[10, 6]]), 3, 3), expected, atol=1e-13)
 
 
 # -- pairs -----------------------------------------------------------------------------------------------------------
@@ -175,9 +234,10 @@ def test_a_test_set_is_found_by_name_in_its_usual_layouts(photographs: Path, tmp
     (inside / "same.png").write_bytes(files[0].read_bytes())
     shared = made(train, f"sr?scale=2&patch=16&test={inside}")
     assert len(shared.train.pictures) + len(shared.select.pictures) == 4  # the test set keeps the picture
-    listed = tmp_path / "held.txt"
-    listed.write_text("00.png\n03.png\n")
-    assert [p.name for p in made(train, f"sr?scale=2&patch=16&test={listed}").pictures] == ["00.png", "03.png"]
+    listed = tmp_path / "held out.txt"
+    (train / "03.png").rename(train / "an old mill.png")
+    listed.write_text("00.png\n\nan old mill.png \n")
+    assert [p.name for p in made(train, f"sr?scale=2&patch=16&test={listed}").pictures] == ["00.png", "an old mill.png"]
     listed.write_text("09.png\n")
     for options in (f"test={listed}", "test=Set14", "test=Set55", f"test={tmp_path / 'no.txt'}"):
         with pytest.raises(UsageError):
@@ -186,11 +246,42 @@ def test_a_test_set_is_found_by_name_in_its_usual_layouts(photographs: Path, tmp
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [("scale=5", "between"), ("sigma=3", "sigma"), ("scale=2&patch=64", "patch=45"), ("limit=1", "too few")],
+    [
+        ("scale=5", "between"),
+        ("sigma=3", "sigma"),
+        ("scale=2&patch=64", "is 4.x45 once shrunk, smaller than a patch of 64; remove it, or add patch=45"),
+        ("limit=1", "too few"),
+        ("scale=2&scale=3", "gives scale more than once; give it once"),
+    ],
 )
 def test_bad_options_are_one_line(photographs: Path, options: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        check(made(photographs, f"sr?{options}"))
+        made(photographs, f"sr?{options}")
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_when_the_data_are_loaded(photographs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photographs"
+    shutil.copytree(photographs, folder)
+    picture = Image.open(photographs / "06.png")
+    large = picture.resize((400, 380))
+    for kind, quality in (("PNG", None), ("JPEG", 90), ("WEBP", 90), ("TIFF", None), ("BMP", None)):
+        victim = folder / f"zz.{kind.lower()}"
+        large.save(victim, kind, **({"quality": quality} if quality else {}))
+        whole = victim.read_bytes()
+        made(folder, "denoise?sigma=30")
+        middle = len(whole) // 2
+        broken = {"cut": whole[: middle + 3000], "short": whole[:9], "text": b"no picture"}
+        if kind == "PNG":
+            broken["altered"] = whole[:middle] + bytes(50) + whole[middle + 50 :]
+        for content in broken.values():
+            victim.write_bytes(content)
+            for spec in ("sr?scale=4&patch=16", "denoise?sigma=30", "deblock?q=10"):
+                with pytest.raises(UsageError, match=rf"zz\.{kind.lower()}: cannot be decoded"):
+                    made(folder, spec)
+        victim.unlink()
+    Image.fromarray(np.zeros((90, 90), np.float32)).save(folder / "range.tiff")
+    with pytest.raises(UsageError, match=r"range\.tiff: cannot be decoded \(floating-point"):
+        made(folder, "deblock?q=10")
 
 
 def test_data_of_a_users_own_are_checked(photographs: Path) -> None:

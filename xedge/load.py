@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -166,11 +167,19 @@ def data_kinds() -> dict[str, str]:
 
 
 def load_data(spec: str, *, root: Path | None, seed: int) -> Data:
-    """The data behind a spec: ``digits``, ``folder:DIR?size=224``, ``npz:FILE``, ``path/file.py:callable``."""
+    """The data behind a spec: ``digits``, ``folder:DIR?size=224``, ``npz:FILE``, ``path/file.py:callable``.
+
+    Raises:
+        UsageError: no such data, an option given twice, or whatever is wrong with the data themselves.
+    """
     from xedge.data import Data
 
     head, _, query = spec.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    given = parse_qsl(query, keep_blank_values=True)
+    options = dict(given)
+    if len(options) < len(given):
+        (most, _), *_ = Counter(key for key, _ in given).most_common(1)
+        raise UsageError(f"gives {most} more than once", where=spec, fix="give it once")
     kind, _, path = head.partition(":")
     if kind.endswith(".py") or ("." in kind and path):
         made = attribute(head, "data")
