@@ -191,12 +191,14 @@ def measure(name: str, method: str, seed: int, model: nn.Module, data: Data) -> 
 
 
 def base_data(name: str, seed: int, photographs: Path | None) -> Data:
-    """Fashion-MNIST, or for EfficientNet-Lite0 40 crops of each photograph."""
+    """Fashion-MNIST, or for EfficientNet-Lite0 about 3000 crops of photographs, as many of each."""
     if name != "efficientnet":
         return load.load_data("fashion-mnist", root=None, seed=seed)
     if photographs is None:
         sys.exit("efficientnet needs --photographs DIR")
-    return load.load_data(f"folder:{photographs}?{PHOTOGRAPHS.replace('crops=10', 'crops=40')}", root=None, seed=seed)
+    crops = max(1, round(3000 / max(1, len(list(photographs.glob("*.png"))))))
+    spec = PHOTOGRAPHS.replace("crops=10", f"crops={crops}")
+    return load.load_data(f"folder:{photographs}?{spec}", root=None, seed=seed)
 
 
 def base_model(name: str, seed: int, data: Data, out: Path) -> nn.Module:
