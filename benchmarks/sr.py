@@ -15,6 +15,7 @@ again, and a killed training goes on.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import re
 import shutil
@@ -23,18 +24,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xedge import load
 from xedge.benchmarks.peers_pruning import Case, ours, theirs
 from xedge.benchmarks.rows import Rows
+from xedge.calibration.folder import decode
 from xedge.data import Data, batches
 from xedge.device import open_device
 from xedge.export import write_flavour
@@ -53,12 +57,21 @@ from xedge.ranges import calibrate, for_pictures
 from xedge.target import Target
 from xedge.train import Recipe, fit
 
-HELD_OUT = (
-    "032-nature-Dune.png", "034-nature-Garden.png", "036-nature-LadyBird.png", "039-nature-TwoWings.png",
-    "044-images-2560x1600.png", "049-images-2560x1600.png", "052-images-2560x1600.png", "057-images-2560x1600.png",
-    "065-images-2560x1600.png", "073-images-5120x2880.png",
-)  # fmt: skip
-"""Photographs of `benchmarks.photographs` without a near copy among the rest."""
+HELD_OUT = {
+    "032-nature-Dune.png": "61ec1a7375c6d70699c824cfe1f7fa534d94e97db4ebcee926fb4aa75c0e75ff",
+    "034-nature-Garden.png": "096a8c2a88063a2ef18471a5bc30287dbcecebaa26526ced7b7f9305dd437fad",
+    "036-nature-LadyBird.png": "35bb9de7353d0d70379e85ceff494ad9cdb6874423abd05d8c0228d2400a6fa3",
+    "039-nature-TwoWings.png": "819965793b87a36110feb348a3891493d6957e572ab9b80305c7a65a41dab766",
+    "044-images-2560x1600.png": "4aa32128d519eb7bdda925132624ab3b7c640dac854bbf52d4b8aadab689d1cf",
+    "049-images-2560x1600.png": "f70c391e48213d50b0817efea18068b61aa5a7d14b873d8834163a9abe867841",
+    "052-images-2560x1600.png": "84173041eabd2a17c9ffb4855384fc062a8bf3ce5024daf96b9c7b214dcdb1ed",
+    "057-images-2560x1600.png": "f860e1a6179957256a53b967597c4839223e332c19c23d48c273424756193097",
+    "065-images-2560x1600.png": "dbd59fc512921e38e76144a8f67ea9e90b4fd461888688148430d82a5e9d48cd",
+    "073-images-5120x2880.png": "ae55519a23468215c8fe7ad57072f64d8362ee4d6e7fd21700fa1bb7e838a892",
+}
+"""Photographs of `benchmarks.photographs` without a near copy among the rest, and the SHA-256 of their pixels."""
+PACKAGES = "gnome-backgrounds 43.1-1, mate-backgrounds 1.26.0-1, plasma-workspace-wallpapers 4:5.27.5-2"
+"""Debian's, that they were made from."""
 EPOCHS = 4
 """Of each half of the training: what a kill costs at most is one of them."""
 BATCH = 16
@@ -92,7 +105,9 @@ METHODS: Mapping[str, dict[str, Any] | str] = {
     "L1": "MagnitudeImportance",
     "Taylor": "TaylorImportance",
 }
-TIMED = ("bicubic", *SR, *(f"{BASE} / {part}, xedge" for part in PARTS))
+PRUNED = {f"{BASE} / {part}, {method}": (part, method) for part in PARTS for method in METHODS}
+PLAIN = {"sr": "bicubic", "denoise": "the input itself", "deblock": "the input itself"}
+ORDER = (*dict.fromkeys(PLAIN.values()), *SR, *RESTORERS, *PRUNED)
 RUNTIMES = {"LiteRT": "android", "ONNX Runtime": "host-cpu"}
 PROTOCOL = replace(QUICK, name="quick, 8 runs", min_runs=8, seconds=0.3, warmup_cap_seconds=4.0)
 
@@ -101,16 +116,19 @@ PROTOCOL = replace(QUICK, name="quick, 8 runs", min_runs=8, seconds=0.3, warmup_
 
 
 def test_pictures(photographs: Path, out: Path) -> Path:
-    """The held-out pictures as one folder."""
+    """The held-out pictures as one folder; ends the program where the photographs are not those of HELD_OUT."""
     from skimage import data as theirs_
     from sklearn.datasets import load_sample_image
 
     folder = out / "test"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in HELD_OUT:
-        if not (photographs / name).is_file():
+    for name, digest in HELD_OUT.items():
+        found = photographs / name
+        if not found.is_file():
             sys.exit(f"sr: {photographs} has no {name}; make it by python -m xedge.benchmarks.photographs")
-        shutil.copyfile(photographs / name, folder / name)
+        if hashlib.sha256(decode(found).tobytes()).hexdigest() != digest:
+            sys.exit(f"sr: {found} is not the picture of the recorded figures, which needs Debian's {PACKAGES}")
+        shutil.copyfile(found, folder / name)
     own = {f"skimage-{n}": getattr(theirs_, n)() for n in ("astronaut", "chelsea", "coffee", "rocket")}
     own |= {f"sklearn-{n}": load_sample_image(f"{n}.jpg") for n in ("china", "flower")}
     for name, picture in own.items():
@@ -158,11 +176,25 @@ def half(model: nn.Module, which: int, data: Data, path: Path, *, frozen: bool =
     if not path.exists():
         recipe = Recipe(epochs=EPOCHS, lr=RATES[which], batch=BATCH, frozen_norms=frozen, seed=seed + which)
         checkpoint = path.with_suffix(".checkpoint")
+        resumed, started = checkpoint.exists(), time.monotonic()
         fit(model, data, recipe, checkpoint=checkpoint)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+        took = {} if resumed else {"seconds": f"{time.monotonic() - started:.1f}"}
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, metadata=took)
         checkpoint.unlink(missing_ok=True)
     model.load_state_dict(load_file(path))
     return model.eval()
+
+
+def seconds(*halves: Path) -> float | None:
+    """Of all the training behind a net; None where some of it was interrupted."""
+    total = 0.0
+    for path in halves:
+        with safe_open(path, "pt") as file:
+            took = (file.metadata() or {}).get("seconds")
+        if took is None:
+            return None
+        total += float(took)
+    return total
 
 
 def pruned(model: nn.Module, data: Data, part: int, method: str) -> nn.Module:
@@ -212,18 +244,26 @@ def slug(name: str) -> str:
 
 def table(rows: list[dict[str, Any]], times: dict[tuple[str, str], dict[str, Any]]) -> str:
     """Markdown."""
-    heads = ["net", "G multiply-adds", "k parameters", "PSNR, dB", "SSIM", *(f"int8, {r}" for r in RUNTIMES)]
-    if times:
-        heads += [f"ms, {r} {kind}" for r in RUNTIMES for kind in ("float", "int8")]
+    clocked = any(row.get("training seconds") for row in rows)
+    heads = ["net", "G multiply-adds", "k parameters", "PSNR, dB", "SSIM"]
+    heads += [head for r in RUNTIMES for head in (f"int8 in {r}, dB", "SSIM")]
+    heads += ["training, s"] * clocked + [f"{r}, ms: float / int8" for r in RUNTIMES if times]
     lines = [f"| {rows[0]['task']}, {rows[0]['notes']}: {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
-        size = [f"{row['macs'] / 1e9:.2f}", f"{row['parameters'] / 1e3:.1f}"] if row["parameters"] else ["", ""]
-        cells = [row["net"], *size, f"{row['float'][0]:.2f}", f"{row['float'][1]:.4f}"]
-        cells += [f"{row[r][0]:.2f}" if r in row else "" for r in RUNTIMES]
-        for runtime in RUNTIMES if times else ():
-            for kind in ("float", "int8"):
-                found = times.get((row["net"], f"{runtime} {kind}"))
-                cells.append(f"{found['ms']:.1f}" + ("" if found["verdict"] == "ok" else "?") if found else "")
+
+    def milliseconds(net: str, file: str) -> str:
+        found = times.get((net, file))
+        return f"{found['ms']:.1f}" + ("" if found["verdict"] == "ok" else "?") if found else ""
+
+    for row in sorted(rows, key=lambda row: ORDER.index(row["net"])):
+        cells = [row["net"]]
+        cells += [f"{row['macs'] / 1e9:.2f}", f"{row['parameters'] / 1e3:.1f}"] if row["parameters"] else ["", ""]
+        for quality in (row["float"], *(row.get(r) for r in RUNTIMES)):
+            cells += [f"{quality[0]:.2f}", f"{quality[1]:.4f}"] if quality else ["", ""]
+        if clocked:
+            cells.append(f"{took:.0f}" if (took := row.get("training seconds")) else "")
+        for r in RUNTIMES if times else ():
+            pair = [milliseconds(row["net"], f"{r} {kind}") for kind in ("float", "int8")]
+            cells.append(" / ".join(pair) if any(pair) else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -239,19 +279,20 @@ def compared(task: str, level: int, steps: int, photographs: Path, test: Path, o
     def full(name: str, model: nn.Module, first: Path | None = None) -> None:
         if rows.has(notes=note, net=name):
             return
-        started = time.monotonic()
         where = out / f"{key}-{slug(name)}"
+        halves = (first or where.with_suffix(".0.safetensors"), where.with_suffix(".1.safetensors"))
         if first is None:
-            half(model, 0, data, where.with_suffix(".0.safetensors"))
+            half(model, 0, data, halves[0])
         # DnCNN has not yet come so far by then that its statistics could stay.
-        half(model, 1, data, where.with_suffix(".1.safetensors"), frozen=task == "sr")
-        rows.add({**about, "net": name, "seconds": time.monotonic() - started, **measured(model, data, large, where)})
+        half(model, 1, data, halves[1], frozen=task == "sr")
+        took = {"training seconds": seconds(*halves)}
+        rows.add({**about, "net": name, **took, **measured(model, data, large, where)})
 
     def fresh(make: Make) -> nn.Module:
         torch.manual_seed(0)
         return make()
 
-    name = "bicubic" if task == "sr" else "the input itself"
+    name = PLAIN[task]
     if not rows.has(notes=note, net=name):
         plain = {"parameters": 0, "macs": 0, "float": judged(nn.Identity(), data)} if task != "sr" else None
         rows.add({**about, "net": name, **(plain or measured(Bicubic(2), data, large, out / f"{key}-{name}"))})
@@ -259,12 +300,10 @@ def compared(task: str, level: int, steps: int, photographs: Path, test: Path, o
         full(name, fresh(make))
     if task == "sr":
         trained = out / f"{key}-{slug(BASE)}.0.safetensors"
-        for part in PARTS:
-            for method in METHODS:
-                name = f"{BASE} / {part}, {method}"
-                if not rows.has(notes=note, net=name):
-                    base = half(fresh(SR[BASE]), 0, data, trained)
-                    full(name, pruned(base, data, part, method), trained)
+        for name, (part, method) in PRUNED.items():
+            if not rows.has(notes=note, net=name):
+                base = half(fresh(SR[BASE]), 0, data, trained)
+                full(name, pruned(base, data, part, method), trained)
     return note
 
 
@@ -272,7 +311,7 @@ def timed(out: Path, rows: Rows, times: Rows) -> None:
     """Each net's files interleaved with X-SRResNet's."""
     nets = {row["net"]: row for row in rows.done if row["task"] == "sr" and "files" in row}
     with open_device("local", say=print) as device:
-        for net in (n for n in TIMED if n in nets and n != BASE):
+        for net in (n for n in ORDER if n in nets and n != BASE):
             for key, path in nets[net]["files"].items():
                 if times.has(net=net, file=key):
                     continue
@@ -281,6 +320,16 @@ def timed(out: Path, rows: Rows, times: Rows) -> None:
                 base = found.a.interval.median
                 facts = {"verdict": found.verdict, "ratio": [ratio.median, ratio.lower, ratio.upper], "base": base}
                 times.add({"net": net, "file": key, "ms": found.b.interval.median, **facts})
+
+
+def clock(times: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """By net and file. X-SRResNet was measured beside every other net: the median of what held."""
+    found = {(t["net"], t["file"]): t for t in times}
+    bases: dict[str, list[float]] = {}
+    for t in times:
+        if t["verdict"] == "ok":
+            bases.setdefault(t["file"], []).append(t["base"])
+    return found | {(BASE, file): {"ms": median(of), "verdict": "ok"} for file, of in bases.items()}
 
 
 def main() -> None:
@@ -304,12 +353,9 @@ def main() -> None:
     ]
     if "sr" in arguments.tasks and not arguments.no_time:
         timed(out, rows, times)
-    clock = {(t["net"], t["file"]): t for t in times.done}
-    for t in times.done:
-        clock.setdefault((BASE, t["file"]), {"ms": t["base"], "verdict": t["verdict"]})
     for note in notes:
         found = [row for row in rows.done if row["notes"] == note]
-        print("\n" + table(found, clock if found[0]["task"] == "sr" else {}) + "\n", flush=True)
+        print("\n" + table(found, clock(times.done) if found[0]["task"] == "sr" else {}) + "\n", flush=True)
 
 
 if __name__ == "__main__":
