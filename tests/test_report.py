@@ -101,7 +101,7 @@ def test_reading_names_the_field(tmp_path: Path) -> None:
         from_json({**to_json(report()), "schema": 2})
     assert from_json({**to_json(report()), "later": 1}) == report()
     path = tmp_path / "report.json"
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="holds no report"):
         read_json(path)
     for text in ("{", '{"schema": NaN}', "[]"):
         path.write_text(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,34 @@ def test_a_spoiled_file_is_made_again(
         f.write(b"\0\1\2")
     assert xedge(*arguments, "-o", folder).code == 0
     same(folder, finished)
+
+
+def test_an_unfinished_run_says_how_to_go_on(
+    xedge: Xedge, arguments: list[str], finished: Path, tmp_path: Path
+) -> None:
+    """In one line, and what that line prints is run as it stands."""
+    folder = tmp_path / "my  run; $(x)"
+    started = xedge.start(*arguments, "-o", folder)
+    assert started.reaches((folder / "seals" / "groups.json.json").exists)
+    started.kill()
+    picture = tmp_path / "in.png"
+    printed = set()
+    for command, *words in (
+        ["diagnose"], ["report"], ["bench"], ["audit"], ["gate", "--max-drop", "1%"],
+        ["upscale", picture, "-o", tmp_path / "out.png"],
+    ):  # fmt: skip
+        ended = xedge(command, folder, *words)
+        assert (ended.code, ended.out, len(ended.err.splitlines())) == (2, "", 1), ended
+        said, _, go_on = ended.err.strip().partition("; go on: ")
+        assert said.startswith(f"xedge: {folder}: the run ")
+        printed.add(go_on)
+    (line,) = printed
+    again = xedge(*shlex.split(line)[1:], "--no-bench", "--quiet")
+    assert again.code == 0, again.err
+    same(folder, finished)
+    assert shlex.split(json.loads((folder / "report.json").read_text())["commands"][1][1])[2] == str(folder)
+    (folder / "report.json").write_text("{")
+    assert xedge("report", folder).err.strip().endswith(f"; make it again: {line}")
 
 
 def test_training_killed_between_epochs_goes_on_from_its_checkpoint(xedge: Xedge, tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn
 
 from xedge import __version__
 from xedge.choose import RANKED
+from xedge.command import command
 from xedge.data import at_once, batches, enough
 from xedge.dca import explained
 from xedge.gather import PACKED, indices
@@ -164,7 +165,10 @@ def assemble(
         artifacts=tuple(_artifact(folder, t.name, models[t.name]) for t in loaded.targets),
         notes=tuple(notes),
         planned_bits_mean=table.mean_bits(),
-        commands=(("repeat this run", _command(loaded)), ("time it by the standard protocol", f"xedge bench {folder}")),
+        commands=(
+            ("repeat this run", command(loaded)),
+            ("time it by the standard protocol", shlex.join(["xedge", "bench", str(folder)])),
+        ),
         subspaces=tuple(_subspaces(seen, result.groups)),
     )
 
@@ -351,33 +355,6 @@ def _channels(m: nn.Module) -> tuple[int, int]:
     if isinstance(m, nn.Linear):
         return m.in_features, m.out_features
     return int(getattr(m, "in_channels", 0)), int(getattr(m, "out_channels", 0))
-
-
-ALWAYS = ("criterion", "bits", "epochs", "iterations", "lr", "batch", "seed")
-"""Said in the report's command even where they are what comes without asking: defaults may change."""
-
-
-def _command(loaded: Loaded) -> str:
-    import shlex
-
-    from xedge.request import Request
-
-    r = loaded.request
-    words = ["xedge", "compress", "-m", r.model, "-d", r.data]
-    for t in r.targets:
-        words += ["--target", t]
-    said = {"lr": loaded.lr, "batch": loaded.batch}
-    for field in fields(Request):
-        value, flag = said.get(field.name, getattr(r, field.name)), f"--{field.name.replace('_', '-')}"
-        if field.name in ("model", "data", "targets") or value is None:
-            continue
-        if isinstance(value, bool):
-            words += [flag if value else f"--no-{flag[2:]}"] * (value != field.default)
-        elif isinstance(value, tuple):
-            words += [str(word) for row in value for word in (flag, *row)]
-        elif value != field.default or field.name in ALWAYS:
-            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
-    return shlex.join(words)
 
 
 def environment() -> dict[str, Any]:

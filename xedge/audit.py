@@ -18,6 +18,7 @@ from xedge.audit_flatbuffer import read_tflite
 from xedge.audit_graphs import Layer, Reading, is_integer, read_onnx
 from xedge.audit_parsers import EngineInfo, EngineLayer, RunLog, parse_layer_info, parse_profile, read_text
 from xedge.errors import UnsupportedGraph, UsageError
+from xedge.run import resume
 
 if TYPE_CHECKING:
     from xedge.quantize import ScaleTable
@@ -98,7 +99,7 @@ def _artefacts(path: Path) -> list[Path]:
     found = [f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in READERS]
     if not found:
         what = "the run has no artefact yet" if is_run else "the folder holds no .onnx and no .tflite"
-        raise UsageError(what, where=str(path), fix="let xedge compress finish" if is_run else fix)
+        raise UsageError(what, where=str(path), fix=f"go on: {resume(path)}" if is_run else fix)
     return found
 
 

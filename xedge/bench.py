@@ -14,7 +14,7 @@ from xedge.measure import Protocol, compare, measure, preset, runtime_for
 from xedge.measurement import BENCH, Agreement, Comparison, Measurement, append_measurement, read_measurements, trust
 from xedge.progress import Talk
 from xedge.report import Report, Sized, read_json, write_html, write_json
-from xedge.run import digest_file
+from xedge.run import digest_file, resume
 from xedge.target import Artifact
 
 
@@ -40,7 +40,7 @@ def bench(
         runtime_for(path)
         artifacts: Sequence[Artifact] = ()
     else:
-        artifacts = report_of(path).artifacts
+        artifacts = read_json(path / "report.json").artifacts
     with open_device(address, say=talk.say) as device:
         if path.is_file():
             other = baseline and _model(baseline, None, path.suffix)
@@ -50,7 +50,7 @@ def bench(
             model = checked(path, artifact)
             other = _model(baseline, artifact.target, model.suffix) if baseline else path / f"original{model.suffix}"
             if not other.is_file():
-                raise UsageError("there is no such file", where=str(other), fix="run xedge compress again")
+                raise UsageError("there is no such file", where=str(other), fix=f"make it again: {resume(path)}")
             record = _timed(device, model, other, chosen, threads, talk)
             append_measurement(path / BENCH, record)
             yield artifact.target, record
@@ -74,7 +74,7 @@ def bench_at(
     from xedge.onnx_graph import Graph
     from xedge.sizes import baseline_of, compiled, resized, scale_of, shipped, source
 
-    chosen, report = preset(protocol), report_of(path)
+    chosen, report = preset(protocol), read_json(path / "report.json")
     if threads < 1:
         raise UsageError(f"--threads {threads} is below 1", fix="give 1 or more")
     with open_device(address, say=talk.say) as device:
@@ -157,16 +157,16 @@ def checked(run: Path, artifact: Artifact) -> Path:
     """The artefact's file, if it is there and unchanged."""
     model = run / artifact.path
     if not model.is_file():
-        raise UsageError("there is no such file", where=str(model), fix="run xedge compress again")
+        raise UsageError("there is no such file", where=str(model), fix=f"make it again: {resume(run)}")
     if digest_file(model) != artifact.sha256:
-        raise UsageError("is not what the report says", where=str(model), fix="run xedge compress again")
+        raise UsageError("is not what the report says", where=str(model), fix=f"make it again: {resume(run)}")
     return model
 
 
 def _model(baseline: Path, target: str | None, suffix: str) -> Path:
     """A baseline's model file: itself, or a run's artefact for the same target."""
     if baseline.is_dir() and target is not None:
-        found = [checked(baseline, a) for a in report_of(baseline).artifacts if a.target == target]
+        found = [checked(baseline, a) for a in read_json(baseline / "report.json").artifacts if a.target == target]
         if not found:
             raise UsageError(f"has nothing for {target}", where=str(baseline), fix="give another --baseline")
         return found[0]
@@ -185,7 +185,7 @@ def refresh(folder: Path) -> Report:
     """
     from xedge.assemble import latency_of
 
-    report = report_of(folder)
+    report = read_json(folder / "report.json")
     originals = {digest_file(path) for path in folder.glob("original.*") if path.suffix in (".onnx", ".tflite")}
     best: dict[str, Comparison] = {}
     for record in read_measurements(folder / BENCH):
@@ -204,11 +204,3 @@ def refresh(folder: Path) -> Report:
     write_json(report, folder / "report.json")
     write_html(report, folder / "report.html")
     return report
-
-
-def report_of(folder: Path) -> Report:
-    """Of a finished run; UsageError otherwise."""
-    if not (folder / "report.json").is_file():
-        fix = "finish it with xedge compress --resume -o" if (folder / "run.json").exists() else "give a run folder"
-        raise UsageError("holds no report", where=str(folder), fix=fix)
-    return read_json(folder / "report.json")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,13 +92,8 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
 
     counts = {la.name: la.rows.size for la in layers_of(proto, calibration.patches).values()}
     floats = {n for n in counts if request.keep_float is not None and re.search(request.keep_float, n)}
-    least = {n: max(b for b, p in request.bits_min if re.search(p, n)) for n in counts if _floored(request, n)}
-    none = 0 if loaded.bits_per == "channel" else 1
-    if data.restores:
-        last = {n.input[1].removesuffix(".weight") for n in last_layers(proto)[0]} - floats
-        protected = {**dict.fromkeys(last & set(counts), 8), **least}
-        if _fewest(counts, floats, protected, none) <= request.bits:
-            least = protected
+    counts = {n: c for n, c in counts.items() if n not in floats}
+    least = least_bits(loaded, proto, counts)
 
     fits = tables is not None and not request.codebook
     images = fitted_on(data, request.seed, proto, request.fit) if fits else None
@@ -111,7 +106,7 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
             correct=request.bias_correction, rule=request.ranges, least=least, keep_float=floats,
         )  # fmt: skip
 
-    fewest = _fewest(counts, floats, least, none)
+    fewest = _fewest(loaded, counts, least)
     grid = [*np.arange(max(LEAST, np.ceil(fewest / STEP) * STEP), request.bits, STEP).tolist(), request.bits]
     if request.bytes is not None:
         allowed, sizes = request.bytes, list[int]()
@@ -143,16 +138,35 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
             raise AccuracyMissed(
                 f"{grid[-1]:g} mean bits already lose more than --bits-drop {judge.say(drop)} on held-back "
                 "training data",
-                fix="allow a larger drop, or ask xedge diagnose which layer is to blame",
+                fix="allow a larger drop, or "
+                + ("raise --bits" if grid[-1] < 8 else "leave layers float: --keep-float"),
             )
         return found[1]
     return at(request.bits) if request.bytes is None else table
 
 
-def _fewest(counts: Mapping[str, int], floats: Collection[str], least: Mapping[str, int], none: int) -> float:
-    """The mean bits that the floors alone take, `none` where a layer has no floor."""
-    rest = {n: c for n, c in counts.items() if n not in floats}
-    return sum(max(least.get(n, 0), none) * c for n, c in rest.items()) / max(sum(rest.values()), 1)
+def least_bits(loaded: Loaded, proto: ModelProto, counts: Mapping[str, int]) -> dict[str, int]:
+    """Layer -> fewest bits of its channels: what --bits-min asks for, and where --bits has room for it 8 for the last
+    layers of nets that restore pictures.
+
+    Args:
+        loaded: the request with its data.
+        proto: the float graph.
+        counts: weights of each layer that is quantised.
+    """
+    request = loaded.request
+    least = {n: max(b for b, p in request.bits_min if re.search(p, n)) for n in counts if _floored(request, n)}
+    if not loaded.data.restores:
+        return least
+    last = {n.input[1].removesuffix(".weight") for n in last_layers(proto)[0]}
+    protected = {**dict.fromkeys(last & set(counts), 8), **least}
+    return protected if _fewest(loaded, counts, protected) <= request.bits else least
+
+
+def _fewest(loaded: Loaded, counts: Mapping[str, int], least: Mapping[str, int]) -> float:
+    """The mean bits that the floors alone take."""
+    none = 0 if loaded.bits_per == "channel" else 1
+    return sum(max(least.get(n, 0), none) * c for n, c in counts.items()) / max(sum(counts.values()), 1)
 
 
 def _floored(request: Request, layer: str) -> bool:

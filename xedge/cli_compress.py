@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,7 @@ def _judge(request: Request, report: Report, folder: Path) -> None:
             fix="allow a larger --max-drop, train longer with --epochs, or ask for less",
         )
     if budget.latency is not None:
-        _judge_latency(report, budget.latency)
+        _judge_latency(report, budget.latency, request.timed_on, folder)
     if budget.max_drop is None:
         return
     for name in verified["targets"]:
@@ -176,7 +177,7 @@ def _judge(request: Request, report: Report, folder: Path) -> None:
             )
 
 
-def _judge_latency(report: Report, budget_ms: float) -> None:
+def _judge_latency(report: Report, budget_ms: float, device: str, folder: Path) -> None:
     """By the artefact's own measurement; without one (--no-bench), by the last net's that was timed whole."""
     from xedge.errors import Inconclusive, LatencyMissed
 
@@ -190,7 +191,8 @@ def _judge_latency(report: Report, budget_ms: float) -> None:
     if t.lower_ms > budget_ms:
         raise LatencyMissed(f"{words}: {report.stopped_by}", fix="allow more time, or a larger --max-drop")
     if t.upper_ms > budget_ms:
-        raise Inconclusive(words, fix="measure longer: xedge bench RUN --device D --protocol reference")
+        again = shlex.join(["xedge", "bench", str(folder), "--device", device, "--protocol", "reference"])
+        raise Inconclusive(words, fix=f"measure longer: {again}")
 
 
 @click.command()

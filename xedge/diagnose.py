@@ -3,16 +3,16 @@
     original -> pruned -> weights quantised -> activations quantised -> exported -> compiled
 
 Each stage runs on the training images held back for choosing, because its advice is a choice. The first stage that
-loses more than chance is named; its layers are tried one at a time, everything else as in the stage before.
+loses more than chance is named, or the one that loses most where only all together do; its layers are tried one at a
+time, everything else as in the stage before. Channels that got 0 bits and were cut for it count as quantised.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -21,14 +21,17 @@ from onnx import ModelProto
 from safetensors.torch import load_file
 from torch import Tensor
 
+from xedge.budget import calibrated
 from xedge.data import at_once, batches, enough
 from xedge.errors import UsageError
 from xedge.judge import Judge, Kind
+from xedge.mend import mend
 from xedge.metrics import agreement, snr_db
 from xedge.onnx_graph import Graph, session
 from xedge.pipeline import rebuild
 from xedge.progress import Talk
-from xedge.quantize import ScaleTable, dequantised
+from xedge.quantize import ScaleTable, dequantised, float_ranges
+from xedge.ranges import RangeRule
 from xedge.report import read_json as read_report
 from xedge.request import Loaded, Request, load_everything
 from xedge.run import read_json
@@ -43,7 +46,6 @@ TRIED = 48
 NAMED = 3
 GUILTY = 0.1
 """Of the costliest layer's cost: who costs less is not named."""
-NOTHING = "nothing, it is as good as the original"
 STAGES = ("original", "pruned", "weights quantised", "activations quantised", "exported", "compiled")
 
 
@@ -86,8 +88,10 @@ class Diagnosis:
     Attributes:
         target: its name. kind: what quality is. images: how many.
         stages: in order. first: the first that loses more than chance, or None. worst: the one that loses most.
-        blamed: layers of `first`, else of `worst`, the costliest first.
-        fix: what to try.
+        whole: the artefact against the original.
+        blamed: layers of `first`, or of `worst` where only the whole loses more than chance; the costliest first.
+        fix: what to try; None where nothing loses more than chance.
+        command: the whole command with it; None where no option mends it.
     """
 
     target: str
@@ -96,8 +100,15 @@ class Diagnosis:
     stages: tuple[Stage, ...]
     first: str | None
     worst: str
+    whole: Stage
     blamed: tuple[Blamed, ...]
-    fix: str
+    fix: str | None
+    command: str | None
+
+    @property
+    def guilty(self) -> str | None:
+        """The stage to mend, if any."""
+        return self.first or (self.worst if self.whole.matters else None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -111,8 +122,8 @@ def diagnose(folder: Path, name: str | None = None, talk: Talk | None = None) ->
         UsageError: not a finished run, or not one of its targets.
     """
     talk = talk or Talk(quiet=True)
-    loaded = load_everything(Request.from_json(read_json(folder / "run.json"), str(folder)))
     report = read_report(folder / "report.json")
+    loaded = load_everything(Request.from_json(read_json(folder / "run.json"), str(folder)))
     targets = [t for t in loaded.targets if name in (None, t.name, *t.aliases)]
     if not targets:
         raise UsageError(f"the run has no target {name}", fix=f"choose one of {', '.join(report.targets)}")
@@ -124,7 +135,9 @@ def diagnose(folder: Path, name: str | None = None, talk: Talk | None = None) ->
                 fix="diagnose another target, or a run without --device",
             )
     artefacts = {a.target: folder / a.path for a in report.artifacts}
-    return [_Patient(folder, loaded, t, artefacts[t.name], talk).examine() for t in targets]
+    kept = {row.target: row.macs for row in report.rows if row.name == "compressed"}
+    share = {row.target: kept[row.target] / row.macs for row in report.rows if row.name == "original"}
+    return [_Patient(folder, loaded, t, artefacts[t.name], talk).examine(share[t.name]) for t in targets]
 
 
 class _Patient:
@@ -134,6 +147,7 @@ class _Patient:
         self.folder, self.loaded, self.target, self.artefact, self.talk = folder, loaded, target, artefact, talk
         self.data = loaded.data
         self.small = rebuild(folder)
+        self.pruned, self.begun = onnx.load(folder / "pruned.onnx"), ScaleTable.load(folder / "rounded.safetensors")
         self.floats = onnx.load(folder / "float.onnx")
         self.table = ScaleTable.load(folder / "scales.safetensors")
         self.judge = Quantized(self.small, self.floats, self.table, target.flavour, self.data.shape)
@@ -143,7 +157,8 @@ class _Patient:
         self.images = [x for x, _ in batches(select, at_once(select), limit=count)]
         self.count, self.tried = count, enough(select, TRIED)
 
-    def examine(self) -> Diagnosis:
+    def examine(self, kept: float) -> Diagnosis:
+        """`kept`: MACs that are left, a fraction of the original's."""
         original = self.loaded.factory()
         original.load_state_dict(load_file(self.folder / "original.safetensors"))
         base, labels = predict(original, self.data.select, limit=self.count)
@@ -154,9 +169,9 @@ class _Patient:
         logits = [base]
         makers: tuple[Callable[[], Tensor], ...] = (
             lambda: base,
-            lambda: predict(self.small, self.data.select, limit=self.count)[0],
+            lambda: self._onnx(self.pruned),
             lambda: self._onnx(dequantised(self.floats, weights)),
-            lambda: self._judge(),
+            lambda: self._through(self.judge),
             lambda: self._onnx(flavoured, exact=True),
             lambda: torch.cat([torch.from_numpy(run(x.numpy())).flatten(1) for x in self.images]),
         )
@@ -166,17 +181,32 @@ class _Patient:
             stages.append(self._stage(stage, logits[-2], logits[-1], base, labels))
         first = next((s for s in stages if s.matters), None)
         worst = max(stages[1:], key=lambda s: s.lost)
-        blamed = self._blame((first or worst).name)
-        return Diagnosis(
+        whole = self._stage("all together", base, logits[-1], base, labels)
+        found = Diagnosis(
             target=self.target.name,
             kind=self.quality.kind,
             images=self.count,
             stages=tuple(stages),
             first=first.name if first else None,
             worst=worst.name,
-            blamed=tuple(blamed[:NAMED]),
-            fix=self._fix((first or worst).name, [b.layer for b in blamed[:NAMED]], faulty=first is not None),
+            whole=whole,
+            blamed=(),
+            fix=None,
+            command=None,
         )
+        if found.guilty is None:
+            return found
+        blamed = tuple(self._blame(found.guilty)[:NAMED])
+        way = mend(
+            found.guilty,
+            [b.layer for b in blamed],
+            self.loaded,
+            self.begun,
+            self.pruned,
+            kept,
+            lambda: self._ranges(base, labels),
+        )
+        return replace(found, blamed=blamed, fix=way.words, command=way.command)
 
     def _stage(self, name: str, before: Tensor, after: Tensor, base: Tensor, labels: Tensor) -> Stage:
         good, lost, noise = self.quality.change(before, after, labels, base)
@@ -197,9 +227,9 @@ class _Patient:
         return torch.cat([torch.from_numpy(run.run(None, {feed: x.numpy()})[0]).flatten(1) for x in rows])
 
     @torch.no_grad()
-    def _judge(self, limit: int | None = None) -> Tensor:
-        size = 1 if self.judge.single else at_once(self.data.select)
-        return torch.cat([self.judge(x).flatten(1) for x in torch.split(torch.cat(self.images)[:limit], size)])
+    def _through(self, net: Quantized, limit: int | None = None) -> Tensor:
+        size = 1 if net.single else at_once(self.data.select)
+        return torch.cat([net(x).flatten(1) for x in torch.split(torch.cat(self.images)[:limit], size)])
 
     # -- blame -------------------------------------------------------------------------------------------------------
 
@@ -218,12 +248,18 @@ class _Patient:
         return [Blamed(n, c) for n, c in sorted(costs.items(), key=lambda row: -row[1]) if c > least]
 
     def _each_weight(self) -> dict[str, float]:
-        base = self._onnx(self.floats, limit=self.tried)
-        walk = self.talk.bar(self.table.weights.items(), "layers, one at a time", len(self.table.weights))
-        return {
-            w.layer: self.quality.divergence(base, self._onnx(dequantised(self.floats, {name: w}), limit=self.tried))
-            for name, w in walk
-        }
+        """Where channels of 0 bits were cut, the layers of the net before are tried as well."""
+        rows = [(self.floats, self.table)]
+        if any(not w.bits.all() for w in self.begun.weights.values()):
+            rows.append((self.pruned, self.begun))
+        tries = [(proto, name, w) for proto, table in rows for name, w in table.weights.items()]
+        bases = [(proto, self._onnx(proto, limit=self.tried)) for proto, _ in rows]
+        costs: dict[str, float] = {}
+        for proto, name, w in self.talk.bar(tries, "layers, one at a time", len(tries)):
+            base = next(logits for of, logits in bases if of is proto)
+            cost = self.quality.divergence(base, self._onnx(dequantised(proto, {name: w}), limit=self.tried))
+            costs[w.layer] = max(cost, costs.get(w.layer, 0.0))
+        return costs
 
     def _each_tensor(self) -> dict[str, float]:
         """By the layer that writes the tensor; what no layer writes is named by its operator."""
@@ -231,31 +267,28 @@ class _Patient:
         layers = {graph.written(n): n.input[1].removesuffix(".weight") for n in graph.weighted()}
         every = self.judge.rounding
         self.judge.rounding = {}
-        base = self._judge(self.tried)
+        base = self._through(self.judge, self.tried)
         costs: dict[str, float] = {}
         nodes = self.judge.rounding_nodes
         for tensor, node in self.talk.bar(nodes.items(), "tensors, one at a time", len(nodes)):
             self.judge.rounding = {node: every[node]}
-            costs[layers.get(tensor, tensor)] = self.quality.divergence(base, self._judge(self.tried))
+            costs[layers.get(tensor, tensor)] = self.quality.divergence(base, self._through(self.judge, self.tried))
         self.judge.rounding = every
         return costs
 
-    # -- the way out -------------------------------------------------------------------------------------------------
+    def _ranges(self, base: Tensor, labels: Tensor) -> RangeRule | None:
+        """Under which the net is best; None where that is the run's own rule."""
+        request = self.loaded.request
+        calibration = calibrated(self.data, request.seed, self.floats, feedback=False)
 
-    def _fix(self, stage: str, layers: list[str], *, faulty: bool) -> str:
-        known = {w.layer for w in self.table.weights.values()}
-        mine = [n for n in layers if n in known]
-        pattern = f'"^({"|".join(map(re.escape, mine))})$"'
-        if stage == "pruned":
-            return f"keep more with --macs, train longer with --epochs, or leave layers whole: --exclude {pattern}"
-        if stage == "weights quantised" and mine:
-            few = min(8, 1 + max(round(float(w.bits.mean())) for w in self.table.weights.values() if w.layer in mine))
-            now = self.loaded.request.bits
-            return f"--bits-min {max(6, few)} {pattern}" if now < 8 else f"--keep-float {pattern}"
-        if stage == "activations quantised":
-            other = {"mse": "percentile", "percentile": "minmax", "minmax": "mse"}[self.loaded.request.ranges]
-            return f"--keep-float {pattern}" if mine else f"--ranges {other}"
-        return "report this model: an export that changes answers is a fault of xedge's" if faulty else NOTHING
+        def dislike(rule: RangeRule) -> float:
+            self.talk.say(f"{self.target.name}: --ranges {rule}")
+            table = replace(self.table, activations=float_ranges(self.floats, calibration, rule, self.table.weights))
+            net = Quantized(self.small, self.floats, table, self.target.flavour, self.data.shape)
+            return self.quality.dislike(self._through(net), labels, base)
+
+        best = min(get_args(RangeRule), key=lambda rule: (dislike(rule), rule != request.ranges))
+        return None if best == request.ranges else best
 
 
 def to_text(d: Diagnosis) -> str:
@@ -263,18 +296,21 @@ def to_text(d: Diagnosis) -> str:
     say = Judge(d.kind).say
     lines = [f"{d.target}: {d.images} held-back training images", ""]
     lines += [f"{'stage':24} {d.kind:>9} {'lost':>8} {'by chance':>10} {'same':>8} {'SNR, dB':>8}"]
-    for s in d.stages:
+    for s in (*d.stages, d.whole):
         snr = "-" if s.snr_db is None else f"{s.snr_db:.1f}"
         same = "-" if s.same is None else f"{s.same:.2%}"
         lost = f"{'+' if s.lost >= 0 else ''}{say(s.lost)}"
         lines.append(f"{s.name:24} {say(s.quality):>9} {lost:>8} {say(s.noise):>10} {same:>8} {snr:>8}")
     lines.append("")
-    if d.first:
-        lines.append(f"first stage that loses more than chance: {d.first}")
+    if d.guilty is None:
+        return "\n".join([*lines, "no stage loses more than chance: nothing is to be mended"])
+    if d.first is None:
+        lines.append(f"no stage by itself loses more than chance, all together do; {d.worst} loses most")
     else:
-        lines.append(f"no stage loses more than chance; {d.worst} loses most")
+        lines.append(f"first stage that loses more than chance: {d.first}")
     alone = "of noise, alone" if d.kind == "PSNR" else "nats, alone"
-    unit = "of its information lost" if (d.first or d.worst) == "pruned" else alone
+    unit = "of its information lost" if d.guilty == "pruned" else alone
     lines += [f"  {b.layer}: {b.cost:.3g} {unit}" for b in d.blamed]
     lines.append(f"try: {d.fix}")
+    lines += [f"  {d.command}"] if d.command else []
     return "\n".join(lines)

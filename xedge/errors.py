@@ -28,7 +28,7 @@ class XedgeError(Exception):
         line = f"{where}: {what}" if where else what
         if fix:
             line = f"{line}; {fix}"
-        super().__init__(" ".join(line.split()))
+        super().__init__(" ".join(filter(None, map(str.strip, line.replace("\t", " ").splitlines()))))
 
 
 class InternalError(XedgeError):

@@ -7,6 +7,7 @@ A verdict is ``pass`` or ``fail`` only where the whole interval says so; ``incon
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,6 @@ def gate_run(folder: Path, latency_ms: float | None, max_drop: Drop | None, devi
     """
     if latency_ms is None and max_drop is None:
         raise UsageError("there is no budget to hold the run to", fix="add --latency 30ms or --max-drop 1%")
-    if not (folder / "report.json").is_file():
-        raise UsageError("holds no report", where=str(folder), fix="give a finished run's folder")
     digests = {a.target: a.sha256 for a in read_report(folder / "report.json").artifacts}
     checks: list[Check] = []
     if latency_ms is not None:
@@ -70,8 +69,9 @@ def _latency(folder: Path, digests: dict[str, str], budget_ms: float, device: st
             if key not in best or trust(m) >= trust(best[key]):
                 best[key] = m
     if not best:
-        where, flag = (f" on {device}", device) if device else (" on a device", "DEVICE")
-        fix = f"xedge bench {folder} --device {flag}" + ("" if device else "; this host counts with --device local")
+        where, flag = (f" on {device}", shlex.quote(device)) if device else (" on a device", "DEVICE")
+        also = "" if device else "; this host counts with --device local"
+        fix = f"xedge bench {shlex.quote(str(folder))} --device {flag}{also}"
         raise UsageError(f"was not timed{where}", where=str(folder), fix=fix)
     for (target, _), m in sorted(best.items()):
         i = m.interval

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from xedge.bench import checked, report_of, runs_there
+from xedge.bench import checked, runs_there
 from xedge.data import Options
 from xedge.device import Device, open_device
 from xedge.errors import DeviceError, InternalError, UsageError
 from xedge.measure import agent_lines, agent_path, runtime_for
 from xedge.measurement import append_line
+from xedge.report import read_json
 from xedge.transports.supervised import sha256
 
 LIMIT_MS = 30.0
@@ -151,7 +152,7 @@ def contest(
         UsageError: no finished run, no labels, a label that no output has, no artefact for the device.
         DeviceError: the device is absent or was lost, or lacks Pillow.
     """
-    report = report_of(run)
+    report = read_json(run / "report.json")
     rows = pictures_of(images, labels)
     with open_device(address, say=say) as device:
         found = runs_there(report.artifacts, device, run)

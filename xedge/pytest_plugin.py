@@ -204,7 +204,12 @@ def xedge_run(request: pytest.FixtureRequest) -> OpenRun:
     given = request.config.getoption("--xedge-run")
     if given is None:
         pytest.skip("needs a run: give --xedge-run RUN")
+    from xedge.errors import UsageError
+    from xedge.report import read_json
+
     folder = Path(given)
-    if not (folder / "report.json").is_file():
-        pytest.fail(f"{folder}: holds no report; finish it with xedge compress --resume -o {folder}", pytrace=False)
+    try:
+        read_json(folder / "report.json")
+    except UsageError as error:
+        pytest.fail(str(error), pytrace=False)
     return OpenRun(folder)

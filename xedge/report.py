@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from xedge import report_words as words
 from xedge.errors import InternalError, UsageError
 from xedge.measurement import Agreement
+from xedge.run import REQUEST, resume
 from xedge.target import Artifact
 
 if TYPE_CHECKING:
@@ -322,8 +323,7 @@ def from_json(data: Mapping[str, Any]) -> Report:
         found = data.get("schema") if isinstance(data, Mapping) else None
         raise UsageError(
             f"schema {found!r} where {SCHEMA} is expected",
-            where="report.json",
-            fix="make it again with `xedge report RUN`",
+            where="report",
         )
     return typing.cast(Report, _decode(Report, data, "report"))
 
@@ -334,20 +334,21 @@ def write_json(report: Report, path: Path) -> None:
 
 
 def read_json(path: Path) -> Report:
-    """Read report.json. Raises UsageError when it is missing or is not a report."""
+    """Read a run's report.json. Raises UsageError when the run is unfinished, or the file is not a report."""
+    folder = path.parent
     try:
-        text = path.read_text(encoding="utf-8")
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return from_json(data)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if (folder / REQUEST).is_file():
+            raise UsageError("the run is unfinished", where=str(folder), fix=f"go on: {resume(folder)}") from error
+        raise UsageError("holds no report", where=str(folder), fix="give the folder of a finished run") from error
     except OSError as error:
-        raise UsageError(
-            f"cannot be read ({error.strerror})", where=str(path), fix="run `xedge compress` first"
-        ) from error
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant)
+        raise UsageError(f"cannot be read ({error.strerror})", where=str(path), fix="check who may read it") from error
     except ValueError as error:
-        raise UsageError(
-            f"is not JSON ({error})", where=str(path), fix="make it again with `xedge report RUN`"
-        ) from error
-    return from_json(data)
+        raise UsageError(f"is not JSON ({error})", where=str(path), fix=f"make it again: {resume(folder)}") from error
+    except UsageError as error:
+        raise UsageError(error.what, where=f"{path}: {error.where}", fix=f"make it again: {resume(folder)}") from error
 
 
 def _refuse_constant(name: str) -> float:
@@ -384,7 +385,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             if f.name in value:
                 fields[f.name] = _decode(hints[f.name], value[f.name], f"{where}.{f.name}")
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                raise UsageError("is missing", where=f"{where}.{f.name}", fix="make it again with `xedge report RUN`")
+                raise UsageError("is missing", where=f"{where}.{f.name}")
         return kind(**fields)
     if origin is dict and isinstance(value, Mapping):
         return {args[0](k): _decode(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
@@ -397,7 +398,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
-    raise UsageError(f"{value!r} does not fit {kind}", where=where, fix="make it again with `xedge report RUN`")
+    raise UsageError(f"{value!r} does not fit {kind}", where=where)
 
 
 def write_atomic(path: Path, text: str) -> None:

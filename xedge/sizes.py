@@ -19,6 +19,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from xedge.errors import UnsupportedGraph, UsageError
 from xedge.onnx_graph import Graph
+from xedge.run import resume
 from xedge.target import Target
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def source(run: Path, target: Target | None, form: str = "int8") -> ModelProto:
         forms["int8 and float"] = f"candidates/{target.name}-precision.onnx"
         path = run / forms.get(form, f"model.{target.flavour}.onnx")
     if not path.is_file():
-        raise UsageError("there is no such file", where=str(path), fix="give a finished run's folder")
+        raise UsageError("there is no such file", where=str(path), fix=f"make it again: {resume(run)}")
     return onnx.load(path)
 
 
