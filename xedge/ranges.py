@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
-from torch.nn import functional as F
 
 from xedge.errors import UsageError
 from xedge.onnx_graph import MOVES, Graph, exposing, session
@@ -80,18 +79,20 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
         if len(kernel) == 1:
             x, kernel, stride, dilation = x[:, :, None], (1, *kernel), [1, *stride[-1:]], [1, *dilation[-1:]]
             pads = [0, pads[0], 0, pads[1]]
-        t, left, b, r = pads
-        image = F.pad(torch.from_numpy(x), (left, r, t, b))
-        height = (image.shape[2] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
-        width = (image.shape[3] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-        ys, xs = (at * s for at, s in zip(positions(height, width), stride, strict=True))
-        rows = torch.from_numpy(ys[:, None] + np.arange(kernel[0])[None] * dilation[0])
-        cols = torch.from_numpy(xs[:, None] + np.arange(kernel[1])[None] * dilation[1])
-        # [N, C, oy, ky, ox, kx] -> [G, N*oy*ox, C/G*ky*kx]
-        p = image[:, :, rows[:, :, None, None], cols]
-        n, c, oy, ky, ox, kx = p.shape
-        p = p.reshape(n, groups, c // groups, oy, ky, ox, kx).permute(1, 0, 3, 5, 2, 4, 6)
-        return np.ascontiguousarray(p.reshape(groups, n * oy * ox, -1).numpy())
+        n, c, *sides = x.shape
+        where, inside = [], []  # of each kernel element at each position, along one side: [positions, kernel]
+        for i, side in enumerate(sides):
+            count = (side + pads[i] + pads[i + 2] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+            at = positions(count)[:, None] * stride[i] - pads[i] + np.arange(kernel[i]) * dilation[i]
+            where.append(at.clip(0, side - 1))
+            inside.append((at >= 0) & (at < side))
+        read = torch.from_numpy(where[0][:, None, :, None] * sides[1] + where[1][None, :, None, :])
+        p = torch.from_numpy(x).flatten(2).index_select(2, read.flatten())
+        seen = torch.from_numpy(inside[0][:, None, :, None] & inside[1][None, :, None, :])
+        if not seen.all():
+            p.masked_fill_(~seen.flatten(), 0)
+        p = p.view(n, groups, c // groups, -1, kernel[0] * kernel[1]).permute(1, 0, 3, 2, 4)
+        return p.reshape(groups, p.shape[1] * p.shape[2], -1).contiguous().numpy()
     if node.op_type in ("Conv", "ConvTranspose"):  # by input channel
         pixels = x.reshape(x.shape[0], x.shape[1], -1).transpose(0, 2, 1).reshape(-1, groups, x.shape[1] // groups)
         step = max(1, len(pixels) // POSITIONS)
@@ -100,11 +101,9 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
     return np.ascontiguousarray(flat[:: max(1, len(flat) // POSITIONS)][None])
 
 
-def positions(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and columns of a convolution's output map whose patches are looked at, all of each with all of the other."""
-    side = int(POSITIONS**0.5)
-    ys, xs = (np.unique(np.linspace(0, n - 1, min(n, side)).round().astype(np.int64)) for n in (height, width))
-    return ys, xs
+def positions(side: int) -> NDArray[np.int64]:
+    """Rows, or columns, of a convolution's output map whose patches are looked at: each row at each column."""
+    return np.unique(np.linspace(0, side - 1, min(side, int(POSITIONS**0.5))).round().astype(np.int64))
 
 
 def ints(value: object) -> list[int]:

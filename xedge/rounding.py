@@ -260,25 +260,25 @@ def round_with_feedback(layer: Layer, grid: Grid, block: int = 64) -> Array:
     o, t, k = layer.rows.shape
     size = layer.gram.shape[1]
     per = k // size if layer.split else 1
-    rows = layer.rows.reshape(layer.groups, o // layer.groups * t, per, size).transpose(0, 2, 1, 3)
-    # A copy: it changes as errors are fed forward, and the layer's own rows must not.
-    w = torch.from_numpy(rows.reshape(layer.groups * per, -1, size).copy())
+    # [B, K', rows]: what is rounded together lies together. A copy: it changes as errors are fed forward, and the
+    # layer's own rows must not.
+    rows = layer.rows.reshape(layer.groups, o // layer.groups * t, per, size).transpose(0, 2, 3, 1)
+    w = torch.from_numpy(rows.reshape(layer.groups * per, size, -1).copy())
     channel = np.repeat(np.arange(o), t).reshape(layer.groups, 1, -1).repeat(per, 1).reshape(layer.groups * per, -1)
     nearest, step, upper = grid.rounding(channel), torch.from_numpy(grid.scale[channel]), layer.upper
     q = torch.empty_like(w)
     for start in range(0, size, block):
         stop = min(start + block, size)
-        errors = torch.zeros(*w.shape[:2], stop - start, dtype=w.dtype)
+        errors = torch.zeros(len(w), stop - start, w.shape[2], dtype=w.dtype)
         for i in range(start, stop):
-            column = w[:, :, i]
-            q[:, :, i] = nearest(column / step)
-            error = (column - q[:, :, i] * step) / upper[:, i, i, None]
-            errors[:, :, i - start] = error
+            q[:, i] = nearest(w[:, i] / step)
+            error = (w[:, i] - q[:, i] * step) / upper[:, i, i, None]
+            errors[:, i - start] = error
             if i + 1 < stop:
-                w[:, :, i + 1 : stop] -= error[:, :, None] * upper[:, None, i, i + 1 : stop]
+                w[:, i + 1 : stop].addcmul_(upper[:, i, i + 1 : stop, None], error[:, None], value=-1)
         if stop < size:
-            w[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    out = q.numpy().reshape(layer.groups, per, -1, size).transpose(0, 2, 1, 3)
+            w[:, stop:] -= upper[:, start:stop, stop:].mT @ errors
+    out = q.numpy().reshape(layer.groups, per, size, -1).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(out.reshape(o, t, k))
 
 

@@ -47,6 +47,7 @@ ALONG = 384
 """Images of `fisher`. Many of one random answer each say more than few of several: EfficientNet-Lite0 at 4 mean bits
 had a KL of 0.0510 from 128 images of two answers, and 0.0415 from 320 of one."""
 ERRORS_BYTES = 1 << 30
+TOGETHER = 8
 LEAST_WEIGHT = 0.01
 """Of the mean loss over the layers: a layer that costs nothing at PROBE_BITS may still cost something at 0."""
 
@@ -140,7 +141,7 @@ def answers_pictures(proto: ModelProto) -> bool:
 
 
 class _Differentiated(fx.Interpreter):
-    """Runs torch's graph and keeps the gradient of some of its tensors."""
+    """Runs torch's graph and keeps some of its tensors, to be differentiated by."""
 
     def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
@@ -150,9 +151,7 @@ class _Differentiated(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         out = super().run_node(n)
         if n.name in self.names and isinstance(out, Tensor):
-            out = out if out.requires_grad else out.requires_grad_()
-            out.retain_grad()
-            self.kept[n.name] = out
+            self.kept[n.name] = out = out if out.requires_grad else out.requires_grad_()
         return out
 
 
@@ -204,10 +203,9 @@ def gradients(
             p = logits.detach().softmax(1)
             answer = p.sqrt() * answer
             answer = answer - p * answer.sum(1, keepdim=True)  # its covariance is diag(p) - p p^T
-        (logits * answer).sum().backward()  # type: ignore[no-untyped-call]
-        found = {w: run.kept[name] for w, name in own.items()}
-        yield {w: torch.zeros_like(u) if u.grad is None else u.grad for w, u in found.items()}
-    module.zero_grad()
+        kept = [run.kept[name] for name in own.values()]
+        found = torch.autograd.grad((logits * answer).sum(), kept, materialize_grads=True)  # of no weight
+        yield dict(zip(own, found, strict=True))
 
 
 def _by_channel(node: NodeProto, gradient: Tensor) -> Tensor:
@@ -251,13 +249,18 @@ def along(
         run = session(exposing(proto, [n for n in inner if n not in graph.inputs]))
         names = [n for n in inner if n not in graph.inputs]
         sums = {n: torch.zeros(len(layers[n].rows), len(LEVELS), dtype=torch.float64) for n in part}
-        for x, found in zip(images, gradients(model, proto, part, images, seed), strict=True):
-            values = dict(zip(names, run.run(names, {graph.inputs[0]: x}), strict=True)) if names else {}
-            values[graph.inputs[0]] = x
-            for n in part:
-                la = layers[n]
-                g = _by_weight(la, torch.from_numpy(values[la.node.input[0]]), found[n], graph.initializers[n].dims)
-                sums[n] += torch.einsum("obk,ok->ob", errors[n], g).double().square()
+        pairs = zip(images, gradients(model, proto, part, images, seed), strict=True)
+        while some := list(islice(pairs, TOGETHER)):  # the errors are read from memory once for all of these
+            waiting: dict[str, list[Tensor]] = {n: [] for n in part}
+            for x, found in some:
+                values = dict(zip(names, run.run(names, {graph.inputs[0]: x}), strict=True)) if names else {}
+                values[graph.inputs[0]] = x
+                for n in part:
+                    la = layers[n]
+                    given = torch.from_numpy(values[la.node.input[0]])
+                    waiting[n].append(_by_weight(la, given, found[n], graph.initializers[n].dims))
+            for n, g in waiting.items():
+                sums[n] += (errors[n] @ torch.stack(g, 2)).double().square().sum(2)
         out |= {n: (s / (2 * len(images))).numpy() for n, s in sums.items()}
     return {n: out[n] for n in layers}
 
@@ -316,7 +319,7 @@ def information(
                 size = graph.shapes[la.node.output[0]][2:]
                 if la.node.op_type != "Conv" or len(size) != 2:
                     raise UnsupportedGraph("has no pixels to teach", where=la.name, fix="--sensitivity output")
-                ys, xs = map(torch.from_numpy, np.meshgrid(*positions(*size), indexing="ij"))
+                ys, xs = map(torch.from_numpy, np.meshgrid(*map(positions, size), indexing="ij"))
                 answer = torch.from_numpy(values[graph.outputs[0]])
                 picture = teacher.picture(torch.from_numpy(x), torch.as_tensor(label)[None], answer)
                 taught[name].append(windows(picture, (size[0], size[1]), ys.flatten(), xs.flatten())[0])
