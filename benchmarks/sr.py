@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from xedge import load
 from xedge.benchmarks.peers_pruning import Case, ours, theirs
 from xedge.benchmarks.rows import Rows
-from xedge.calibration.folder import decode
 from xedge.data import Data, batches
+from xedge.decode import decode
 from xedge.device import open_device
 from xedge.export import write_flavour
 from xedge.image_metrics import psnr, ssim

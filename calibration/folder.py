@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
@@ -23,6 +21,7 @@ from torchvision.transforms import functional as tv
 
 from xedge.augment import ZoomFlip
 from xedge.data import UNLABELLED, Batch, Data, Options, permutation, split
+from xedge.decode import NO_RANGE, UNREADABLE, decode, unreadable
 from xedge.errors import UsageError
 
 SUMMARY = "folder:DIR: pictures in class folders (train/ and val/, or split by the seed), or a flat folder, unlabelled"
@@ -31,11 +30,6 @@ EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif",
 OPTIONS = ("size", "resize", "limit", "mean", "std", "crops", "interpolation", "select", "cache")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HEADERS_CHECKED = 10_000
-
-# What PIL raises on damaged pictures, by decoder
-DAMAGED = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct.error, zlib.error)
-UNREADABLE = (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning)
-NO_RANGE = "floating-point pixels have no known range"
 
 
 @dataclass(frozen=True)
@@ -72,34 +66,6 @@ class View:
             picture, top, left, side, side, [self.size, self.size], self.interpolation
         )
         return region
-
-
-def decode(path: Path) -> Image.Image:
-    """A picture as RGB, upright by its EXIF tag; grey is repeated, 16 bits become 8, alpha is dropped.
-
-    Raises:
-        UsageError: damaged, truncated, empty, or not a picture; the file is named.
-    """
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):  # convert() would clip 16-bit grey at 255
-                grey = np.asarray(picture).astype(np.int64).clip(0, 65535)
-                picture = Image.fromarray(
-                    (grey // 257 if picture.mode != "I" or grey.max() > 255 else grey).astype("u1")
-                )
-            if picture.mode == "F":
-                raise ValueError(NO_RANGE)
-            if picture.mode == "P":
-                picture = picture.convert("RGBA")  # transparency of a palette needs the detour
-            return picture.convert("RGB")
-    except UNREADABLE as e:
-        raise _damaged(path, e) from e
-
-
-def _damaged(path: Path, error: Exception) -> UsageError:
-    reason = str(error).split("\n", 1)[0].replace(repr(str(path)), "the file")
-    return UsageError(f"cannot be decoded ({reason})", where=str(path), fix="remove or replace the picture")
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -292,7 +258,7 @@ def copies_of_others(root: Path, names: Sequence[str]) -> set[int]:
                     copies.add(i)
                 seen.add(digest)
     except OSError as e:
-        raise _damaged(root / name, e) from e
+        raise unreadable(root / name, e) from e
     return copies
 
 
@@ -307,7 +273,7 @@ def check_headers(root: Path, names: Sequence[str], seed: int) -> None:
             with Image.open(root / names[i]):
                 pass
         except UNREADABLE as e:
-            raise _damaged(root / names[i], e) from e
+            raise unreadable(root / names[i], e) from e
 
 
 def check_whole(files: Sequence[Path]) -> list[tuple[int, int]]:
@@ -336,7 +302,7 @@ def check_whole(files: Sequence[Path]) -> list[tuple[int, int]]:
                     file.load()
                 return size
         except UNREADABLE as e:
-            raise _damaged(path, e) from e
+            raise unreadable(path, e) from e
 
     # Pillow's decoders let go of the interpreter's lock; what they warn of ends in an error, or is harmless
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 
 from xedge.augment import Turns
 from xedge.data import Batch, Data, Options, Picture, permutation, split
+from xedge.decode import decode
 from xedge.errors import UsageError, nearest
 from xedge.resample import imresize, to_bytes
 
-from .folder import check_whole, copies_of_others, decode, pictures_in
+from .folder import check_whole, copies_of_others, pictures_in
 
 SUMMARY = "sr:DIR?scale=4, denoise:DIR?sigma=30, deblock:DIR?q=10: pairs made from the pictures of a folder"
 NAMES = ("sr", "denoise", "deblock")

@@ -112,7 +112,7 @@ def one_line(ended: Ended, code: int, *parts: str) -> None:
         ("-m {user}:Exploding", 2, "its output is NaN or infinity"),
         ("-m {user}:Five --weights=", 2, "the model has 5 outputs and stripes has 4 classes"),
         ("-m {user}:Infinite --weights=", 2, "head.weight holds NaN or infinity"),
-        ("-m {net} --weights {folder}/untrained.safetensors", 2, "is chance; give --weights"),
+        ("-m {net} --weights {folder}/untrained.safetensors", 2, "is chance; check that"),
         ("-d digit", 2, "unknown data 'digit'; did you mean digits"),
         ("-d {user}:failing", 2, "raised ZeroDivisionError"),
         ("-d {user}:empty", 2, "the train split is empty"),

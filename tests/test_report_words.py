@@ -65,6 +65,16 @@ def test_nothing_is_claimed_that_was_not_measured() -> None:
     assert words.answers(EMPTY) == [("smaller", "nothing was compressed")]
 
 
+def test_no_change_has_its_unit() -> None:
+    for field, value, want in (
+        ("top1", 0.9778, "0.00 points of top-1, 97.78 % \N{RIGHTWARDS ARROW} 97.78 %"),
+        ("psnr", 34.1, "0.00 dB of PSNR, 34.10 dB \N{RIGHTWARDS ARROW} 34.10 dB"),
+    ):
+        made = report()
+        rows = tuple(dataclasses.replace(r, **{"top1": None, field: value}) for r in made.rows)
+        assert dict(words.answers(dataclasses.replace(made, rows=rows)))["worse"] == want
+
+
 def test_the_five_answers() -> None:
     said = dict(words.answers(report()))
     assert list(said) == ["smaller", "faster", "worse", "device", "to blame"]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xedge.errors import UnsupportedGraph, UsageError
-from xedge.load import load_model
+from xedge.load import load_model, load_target
 from xedge.onnx_graph import Graph, export_float, session
 from xedge.sizes import resized, scale_of
-from xedge.tiles import Reach, cut, least_tile, reach, starts, stitch
-from xedge.upscale import read
+from xedge.tiles import THIN, Reach, cut, least_tile, reach, shortest_tile, starts, stitch
+from xedge.upscale import Engine, read
 
 if TYPE_CHECKING:
     from tiny_runs import Xedge
@@ -160,9 +160,8 @@ def test_a_graph_of_one_size_says_so() -> None:
 @given(st.integers(1, 300), st.integers(1, 90), st.integers(0, 20), st.sampled_from([1, 2, 4]))
 def test_every_pixel_is_kept_once_and_lies_a_radius_inside(length: int, tile: int, radius: int, step: int) -> None:
     length, tile = length + -length % step, tile + -tile % step
-    if tile < length and tile < 2 * radius + step:
-        return
-    tile = max(tile, length) if tile >= length else tile
+    if tile < length:
+        tile = max(tile, shortest_tile(Reach(radius, step)))
     found = starts(length, tile, Reach(radius, step))
     assert [k for _, k, _ in found] == [0, *(end for _, _, end in found[:-1])]
     assert found[-1][2] == length
@@ -214,6 +213,40 @@ def test_what_is_smaller_than_a_tile_is_mirrored(nets: dict[str, tuple[ModelProt
     np.testing.assert_array_equal(got, whole[:, :17, :9])
 
 
+def engine(proto: ModelProto) -> Engine:
+    side = Graph(proto).shapes[Graph(proto).inputs[0]][2]
+    return Engine(proto, load_target("host-cpu"), "float32", (side, side), 3, 3, scale_of(proto), reach(proto))
+
+
+def test_the_limit_of_a_tile_is_said_and_is_true(nets: dict[str, tuple[ModelProto, Reach]]) -> None:
+    for proto, found in nets.values():
+        made = engine(proto)
+        least = shortest_tile(found)
+        assert made.tile((200, 300), (least, least)) == (least, least)
+        assert least >= 2 * found.radius + found.step
+        with pytest.raises(UsageError, match=f"is all overlap; give at least {least}, in multiples of 2$"):
+            made.tile((200, 300), (least, least - 2))
+        with pytest.raises(UsageError, match=f"{least + 1} is no multiple of 2; give at least {least}, in"):
+            made.tile((200, 300), (least + 1, least))
+        assert made.tile((9, 300), (least, 10)) == (10, least), "a picture that fits into one tile"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (30, 1), (2, 3)])
+def test_pictures_too_small_for_the_net_are_continued(size: tuple[int, int]) -> None:
+    """SRCNN's bicubic layer takes the second row from the border, which a row by itself has not."""
+    torch.manual_seed(0)
+    model = load_model("srcnn", classes=None, channels=3, scale=2).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    got, tile, _ = engine(export_float(model, (3, 16, 16), 17))(pixels)
+    assert tile == tuple(size if min(size) > 1 else (max(n, THIN) for n in size))
+    more = [(0, t - n) for t, n in zip(tile, size, strict=True)]
+    x = torch.from_numpy(np.pad(pixels, (*more, (0, 0)), mode="symmetric") / np.float32(255)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        want = 255 * model(x)[0, :, : 2 * size[0], : 2 * size[1]].clamp(0, 1).permute(1, 2, 0).numpy()
+    assert got.shape == (2 * size[0], 2 * size[1], 3)
+    assert np.abs(got - want).max() < 0.51
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -248,3 +281,51 @@ def test_upscale_refuses_in_one_line(xedge: Xedge, restored: Path, tmp_path: Pat
         assert not list(tmp_path.glob("a.*"))
     with pytest.raises(UsageError, match="channels"):
         read(tmp_path / "in.png", 4)
+
+
+def test_upscale_of_a_classifiers_run_is_one_line(xedge: Xedge, finished: Path, tmp_path: Path) -> None:
+    Image.new("L", (40, 40)).save(tmp_path / "in.png")
+    for words in ([], ["--original"]):
+        ended = xedge("upscale", finished, tmp_path / "in.png", "-o", tmp_path / "out.png", *words)
+        assert ended.code == 2
+        line = f"xedge: {finished}: its net gives no pictures; give the run of a net that restores them\n"
+        assert ended.err == line
+        assert not (tmp_path / "out.png").exists()
+
+
+def test_sixteen_bits_are_scaled_to_eight(xedge: Xedge, restored: Path, tmp_path: Path) -> None:
+    wide = np.linspace(0, 65535, 24 * 30).reshape(24, 30).astype(np.uint16)
+    Image.fromarray(wide).save(tmp_path / "16.png")
+    with Image.open(tmp_path / "16.png") as written:
+        assert written.mode == "I;16"
+    narrow = np.round(wide / 257).astype(np.uint8)
+    Image.fromarray(narrow).save(tmp_path / "8.png")
+    out = []
+    for bits in ("16", "8"):
+        ended = xedge("upscale", restored, tmp_path / f"{bits}.png", "-o", tmp_path / f"large-{bits}.png", "--original")
+        assert ended.code == 0, ended.err
+        out.append(np.asarray(Image.open(tmp_path / f"large-{bits}.png")))
+    assert np.array_equal(*out)
+    assert np.abs(out[0][::2, ::2, 1].astype(int) - narrow).mean() < 25, "not clipped to white"
+
+
+def test_transparency_is_kept_or_said_to_be_dropped(xedge: Xedge, restored: Path, tmp_path: Path) -> None:
+    import tiny_pictures
+
+    colours, alpha = tiny_pictures.picture(3, 24, 36), tiny_pictures.picture(4, 24, 36)[:, :, 0]
+    Image.fromarray(np.dstack([colours, alpha])).save(tmp_path / "clear.png")
+    Image.fromarray(np.dstack([colours, np.full_like(alpha, 255)])).save(tmp_path / "opaque.png")
+    said = {}
+    for name, out in (("clear", "clear-large.png"), ("opaque", "opaque-large.png"), ("clear", "clear-large.jpg")):
+        ended = xedge("upscale", restored, tmp_path / f"{name}.png", "-o", tmp_path / out, "--original")
+        assert ended.code == 0, ended.err
+        assert len(ended.out.splitlines()) == 1
+        said[out] = ended.out.strip()
+    clear, opaque = (np.asarray(Image.open(tmp_path / f"{name}-large.png")) for name in ("clear", "opaque"))
+    assert said["clear-large.png"].endswith("; transparency enlarged by bicubic")
+    assert said["clear-large.jpg"].endswith("; transparency dropped, .jpg has none")
+    assert said["opaque-large.png"].endswith("overlap 5")
+    assert np.array_equal(clear[:, :, :3], opaque), "colours do not depend on it"
+    theirs = np.asarray(Image.fromarray(alpha.astype(np.float32)).resize((72, 48), Image.Resampling.BICUBIC))
+    inside = np.s_[6:-6, 6:-6]  # Pillow cuts the kernel off at the border
+    assert np.abs(clear[:, :, 3][inside] - theirs.clip(0, 255)[inside]).max() < 0.51

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from xedge.audit_flatbuffer import read_tflite
 from xedge.audit_graphs import Layer, Reading, is_integer, read_onnx
 from xedge.audit_parsers import EngineInfo, EngineLayer, RunLog, parse_layer_info, parse_profile, read_text
-from xedge.errors import UnsupportedGraph, UsageError
-from xedge.run import resume
+from xedge.errors import UnsupportedGraph, UsageError, resume
 
 if TYPE_CHECKING:
     from xedge.quantize import ScaleTable

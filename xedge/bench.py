@@ -8,13 +8,13 @@ from pathlib import Path
 
 from xedge.agree import check_outputs
 from xedge.device import Device, open_device
-from xedge.errors import UsageError
+from xedge.errors import UsageError, resume
 from xedge.load import load_target
 from xedge.measure import Protocol, compare, measure, preset, runtime_for
 from xedge.measurement import BENCH, Agreement, Comparison, Measurement, append_measurement, read_measurements, trust
 from xedge.progress import Talk
 from xedge.report import Report, Sized, read_json, write_html, write_json
-from xedge.run import digest_file, resume
+from xedge.run import digest_file
 from xedge.target import Artifact
 
 

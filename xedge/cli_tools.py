@@ -96,7 +96,9 @@ def upscale(
         click.echo(json.dumps(done.to_json()))
     else:
         (w, h), (tw, th) = done.size, done.tile
-        click.echo(f"{output}: {w}x{h} by {done.target}, {done.tiles} tiles of {tw}x{th}, overlap {done.overlap}")
+        note = f"; {done.note}" if done.note else ""
+        tiles = f"{done.tiles} tile{'s' * (done.tiles > 1)} of {tw}x{th}, overlap {done.overlap}"
+        click.echo(f"{output}: {w}x{h} by {done.target}, {tiles}{note}")
 
 
 @click.command(name="list")

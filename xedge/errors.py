@@ -15,7 +15,9 @@ An error is one line: what happened, to which layer or file, and what to do abou
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class XedgeError(Exception):
@@ -71,6 +73,11 @@ class Inconclusive(XedgeError):
     """The measurement is unstable or cannot decide."""
 
     exit_code = 7
+
+
+def resume(folder: Path) -> str:
+    """The command that goes on with a run, or makes anew what of it is gone."""
+    return f"xedge compress --resume -o {shlex.quote(str(folder))}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

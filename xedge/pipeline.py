@@ -307,7 +307,7 @@ def _above_chance(original: nn.Module, loaded: Loaded) -> None:
             raise UsageError(
                 f"its pictures of {data.name}, {judge.say(quality)}, are worse than plain grey, {judge.say(guess)}",
                 where=loaded.request.model,
-                fix="train it longer with --base-epochs" if loaded.trained_here else "give --weights FILE",
+                fix=_better_weights(loaded),
             )
         return
     assert data.classes is not None
@@ -316,10 +316,17 @@ def _above_chance(original: nn.Module, loaded: Loaded) -> None:
         raise UsageError(
             f"its top-1 of {accuracy:.1%} on {data.name} is chance",
             where=loaded.request.model,
-            fix="give --weights FILE, and check the data's classes and normalisation"
-            if not loaded.trained_here
-            else "train it longer with --base-epochs",
+            fix=_better_weights(loaded),
         )
+
+
+def _better_weights(loaded: Loaded) -> str:
+    if loaded.trained_here:
+        return "train it longer with --base-epochs"
+    known = "the normalisation" if loaded.data.restores else "the data's classes and normalisation"
+    if loaded.request.weights is None:
+        return f"give --weights FILE, or check what the model loads itself and {known}"
+    return f"check that {loaded.request.weights} was trained on such data, and {known}"
 
 
 def _groups(original: nn.Module, loaded: Loaded, path: Path) -> None:

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from xedge import report_words as words
-from xedge.errors import InternalError, UsageError
+from xedge.errors import InternalError, UsageError, resume
 from xedge.measurement import Agreement
-from xedge.run import REQUEST, resume
 from xedge.target import Artifact
 
 if TYPE_CHECKING:
@@ -340,7 +339,7 @@ def read_json(path: Path) -> Report:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         return from_json(data)
     except (FileNotFoundError, NotADirectoryError) as error:
-        if (folder / REQUEST).is_file():
+        if (folder / "run.json").is_file():
             raise UsageError("the run is unfinished", where=str(folder), fix=f"go on: {resume(folder)}") from error
         raise UsageError("holds no report", where=str(folder), fix="give the folder of a finished run") from error
     except OSError as error:

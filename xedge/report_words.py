@@ -197,15 +197,12 @@ def _worse(original: Row | None, compressed: Row) -> Figure:
         drop = compressed.psnr - original.psnr
         better = None if abs(drop) < 5e-3 else drop > 0
         detail = f"{decibels(original.psnr)} {ARROW} {decibels(compressed.psnr)}"
-        return Figure(
-            "same PSNR" if better is None else "dB of PSNR", change_db(drop).partition(" ")[0], detail, better
-        )
+        return Figure("dB of PSNR", change_db(drop).partition(" ")[0], detail, better)
     if compressed.top1 is not None and original is not None and original.top1 is not None:
         drop = compressed.top1 - original.top1
         better = None if abs(drop) < 5e-5 else drop > 0
-        label = "same top-1" if better is None else "points of top-1"
         value = points(drop).partition(" ")[0]
-        return Figure(label, value, f"{percent(original.top1)} {ARROW} {percent(compressed.top1)}", better)
+        return Figure("points of top-1", value, f"{percent(original.top1)} {ARROW} {percent(compressed.top1)}", better)
     if compressed.top1 is not None:
         return Figure("top-1", percent(compressed.top1), "the original was not measured")
     if compressed.agreement is not None:

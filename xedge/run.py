@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -134,11 +133,6 @@ def read_json(path: Path) -> Any:
         raise UsageError("there is no such file", where=str(path), fix="is this a run folder of xedge?") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UsageError(f"is not JSON ({e})", where=str(path), fix="delete it and run the command again") from e
-
-
-def resume(folder: Path) -> str:
-    """The command that goes on with a run, or makes anew what of it is gone."""
-    return f"xedge compress --resume -o {shlex.quote(str(folder))}"
 
 
 @dataclass

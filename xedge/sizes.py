@@ -17,9 +17,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from xedge.errors import UnsupportedGraph, UsageError
+from xedge.errors import UnsupportedGraph, UsageError, resume
 from xedge.onnx_graph import Graph
-from xedge.run import resume
 from xedge.target import Target
 
 if TYPE_CHECKING:

@@ -165,6 +165,11 @@ def starts(length: int, tile: int, reach: Reach) -> list[tuple[int, int, int]]:
     return [*found, (last, kept, length)]
 
 
+def shortest_tile(reach: Reach) -> int:
+    """The shortest tile that brings a row of tiles forward at all."""
+    return (-(-2 * reach.radius // reach.step) + 1) * reach.step
+
+
 def least_tile(reach: Reach) -> int:
     """The shortest tile that brings a row of tiles forward by a half of its length."""
     return -(-max(4 * reach.radius, 1) // reach.step) * reach.step

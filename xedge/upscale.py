@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from xedge.decode import decode
 from xedge.errors import UnsupportedGraph, UsageError
 from xedge.load import load_target
 from xedge.onnx_graph import Graph
 from xedge.report import read_json as read_report
-from xedge.resample import to_bytes
+from xedge.resample import imresize, to_bytes
 from xedge.run import write_atomically
 from xedge.sizes import compiled, resized, scale_of, shipped, source
 from xedge.target import Target
-from xedge.tiles import Reach, cut, least_tile, reach, stitch
+from xedge.tiles import THIN, Reach, cut, least_tile, reach, shortest_tile, stitch
 
 SMALL = 64
 """Input pixels that tiles have at least on a side: of smaller ones most is overlap."""
-FORMATS = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")
+TRANSPARENT = (".png", ".tif", ".tiff", ".webp")
+FORMATS = (*TRANSPARENT, ".bmp", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Upscaled:
         tile: the engine's input, (width, height); tiles: how many.
         overlap: input pixels on each side.
         seconds: for running the tiles on this host, by the exact interpreter: no measure of a device.
+        note: what became of the picture's transparency; empty where it has none.
     """
 
     target: str
@@ -45,6 +48,7 @@ class Upscaled:
     tiles: int
     overlap: int
     seconds: float
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -60,7 +64,7 @@ def upscale(
     tile: tuple[int, int] | None = None,
     original: bool = False,
 ) -> Upscaled:
-    """Read a picture, run the artefact on its tiles, write the result.
+    """Read a picture, run the artefact on its tiles, write the result in 8 bits; transparency is enlarged by bicubic.
 
     Args:
         run: a finished run's folder.
@@ -71,8 +75,9 @@ def upscale(
         original: run the float original instead.
 
     Raises:
-        UsageError: no picture, no such target, a tile that is all overlap, or nowhere to write.
-        UnsupportedGraph: the model does not take other sizes, or gives no pictures.
+        UsageError: no picture, no such target, a net that gives no pictures, a tile that is all overlap, or nowhere
+            to write.
+        UnsupportedGraph: the model does not take other sizes.
     """
     report = read_report(run / "report.json")
     found = [load_target(t) for t in report.targets]
@@ -82,16 +87,21 @@ def upscale(
     if output.suffix.lower() not in FORMATS:
         raise UsageError("is no format for pictures", where=str(output), fix="write -o NAME.png")
     engine = Engine.of(run, chosen[0], shipped(report, chosen[0].name), original=original)
-    pixels = read(picture, engine.channels)
+    pixels, alpha = read(picture, engine.channels)
     started = time.monotonic()
     got, shape, reached = engine(pixels, tile)
     seconds = time.monotonic() - started
-    image = Image.fromarray(got if engine.out_channels == 3 else got[:, :, 0])
+    image, note = Image.fromarray(got if engine.out_channels == 3 else got[:, :, 0]), ""
+    if alpha is not None and output.suffix.lower() in TRANSPARENT:
+        image.putalpha(Image.fromarray(to_bytes(imresize(alpha, *got.shape[:2]))))
+        note = "transparency enlarged by bicubic"
+    elif alpha is not None:
+        note = f"transparency dropped, {output.suffix} has none"
     write_atomically(output, lambda path: image.save(path, Image.registered_extensions()[output.suffix.lower()]))
     padded = [max(t, n + -n % reached.step) for t, n in zip(shape, pixels.shape, strict=False)]
     count = len(list(cut((padded[0], padded[1]), shape, reached)))
     name = "original" if original else chosen[0].name
-    return Upscaled(name, image.size, (shape[1], shape[0]), count, reached.radius, seconds)
+    return Upscaled(name, image.size, (shape[1], shape[0]), count, reached.radius, seconds, note)
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,10 @@ class Engine:
         proto = source(run, None if original else target, form)
         graph = Graph(proto)
         x, y = graph.shapes[graph.inputs[0]], graph.shapes[graph.outputs[0]]
+        if len(x) != 4 or len(y) != 4:
+            raise UsageError(
+                "its net gives no pictures", where=str(run), fix="give the run of a net that restores them"
+            )
         return cls(proto, target, form, (x[2], x[3]), x[1], y[1], scale_of(proto), reach(proto))
 
     def tile(self, size: tuple[int, int], asked: tuple[int, int] | None) -> tuple[int, int]:
@@ -129,18 +143,31 @@ class Engine:
         if self.reach is None:
             if asked is not None:
                 raise UnsupportedGraph("every pixel of its output depends on the whole picture", fix="leave --tile out")
-            return size
+            return self._taken(size)
         step, out = self.reach.step, []
         for length, own, wanted in zip(size, self.own, asked[::-1] if asked else (None, None), strict=True):
             if wanted is None:
                 wanted = own if own >= least_tile(self.reach) else max(least_tile(self.reach), SMALL)
                 wanted = min(wanted, length)
                 wanted += -wanted % step
-            if wanted % step or wanted <= (2 * self.reach.radius if wanted < length else 0):
-                fix = f"give more than {2 * self.reach.radius}, in multiples of {step}"
-                raise UsageError(f"{wanted} pixels are all overlap, or no multiple", where="--tile", fix=fix)
+            least = min(shortest_tile(self.reach), length + -length % step)
+            if wanted % step or wanted < least:
+                what = f"is no multiple of {step}" if wanted % step else "is all overlap"
+                multiples = f", in multiples of {step}" if step > 1 else ""
+                raise UsageError(f"{wanted} {what}", where="--tile", fix=f"give at least {least}{multiples}")
             out.append(wanted)
-        return out[0], out[1]
+        return self._taken((out[0], out[1]))
+
+    def _taken(self, tile: tuple[int, int]) -> tuple[int, int]:
+        """A tile, or a larger one where the net takes none so small, as by the border rows that it pads with."""
+        if min(tile) < THIN and tile != self.own:
+            try:
+                resized(self.graph, *tile)
+            except UnsupportedGraph:
+                step = 1 if self.reach is None else self.reach.step
+                height, width = (max(t, THIN + -THIN % step) for t in tile)
+                return height, width
+        return tile
 
     def __call__(
         self, pixels: NDArray[np.uint8], asked: tuple[int, int] | None = None
@@ -157,8 +184,8 @@ class Engine:
         return to_bytes(255 * got.transpose(1, 2, 0).astype(np.float64)), shape, reached
 
 
-def read(path: Path, channels: int) -> NDArray[np.uint8]:
-    """A picture as [H, W, channels], turned as its camera says.
+def read(path: Path, channels: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """A picture as [H, W, channels], turned as its camera says, and its transparency [H, W], if it has any.
 
     Raises:
         UsageError: it cannot be read, or the model takes neither one channel nor three.
@@ -166,10 +193,8 @@ def read(path: Path, channels: int) -> NDArray[np.uint8]:
     modes = {1: "L", 3: "RGB"}
     if channels not in modes:
         raise UsageError(f"the model takes {channels} channels, and pictures have 1 or 3", where=str(path))
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert(modes[channels]))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else "no picture that Pillow reads"
-        raise UsageError(f"cannot be read ({reason})", where=str(path), fix="give a PNG or JPEG file") from e
-    return pixels.reshape(pixels.shape[0], pixels.shape[1], channels)
+    image = decode(path, alpha=True)
+    alpha = np.asarray(image.getchannel("A")) if image.mode == "RGBA" else None
+    pixels = np.asarray(image.convert("RGB").convert(modes[channels]))
+    opaque = alpha is None or bool((alpha == 255).all())
+    return pixels.reshape(pixels.shape[0], pixels.shape[1], channels), None if opaque else alpha
