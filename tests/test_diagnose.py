@@ -91,6 +91,15 @@ def test_a_clipped_activation_is_found(finished: Path, tmp_path: Path) -> None:
     assert flags(found.fix or "") == {"--keep-float", "--bits"}, "the layers that are left had more than the mean"
 
 
+def test_stages_that_lose_together_only(finished: Path) -> None:
+    (found,) = diagnose(finished, "android")
+    assert found.guilty is None
+    together = replace(found, worst="pruned", whole=replace(found.whole, matters=True), fix="--macs 0.7")
+    assert together.guilty == "pruned"
+    assert "no stage by itself loses more than chance, all together do; pruned loses most" in to_text(together)
+    assert together.to_json()["whole"]["name"] == "all together"
+
+
 def test_what_is_no_run(tmp_path: Path, finished: Path) -> None:
     with pytest.raises(UsageError, match="holds no report"):
         diagnose(tmp_path)
