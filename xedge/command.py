@@ -11,7 +11,7 @@ from xedge.request import Request
 if TYPE_CHECKING:
     from xedge.request import Loaded
 
-ALWAYS = ("criterion", "bits", "epochs", "iterations", "lr", "batch", "seed")
+ALWAYS = ("criterion", "bits", "sensitivity", "epochs", "iterations", "lr", "batch", "seed")
 """Said even where they are what comes without asking: defaults may change."""
 
 
