@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
+from torch import Tensor
 
 from xedge.errors import UsageError
 from xedge.onnx_graph import MOVES, Graph, exposing, session
@@ -80,17 +82,10 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
             x, kernel, stride, dilation = x[:, :, None], (1, *kernel), [1, *stride[-1:]], [1, *dilation[-1:]]
             pads = [0, pads[0], 0, pads[1]]
         n, c, *sides = x.shape
-        where, inside = [], []  # of each kernel element at each position, along one side: [positions, kernel]
-        for i, side in enumerate(sides):
-            count = (side + pads[i] + pads[i + 2] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-            at = positions(count)[:, None] * stride[i] - pads[i] + np.arange(kernel[i]) * dilation[i]
-            where.append(at.clip(0, side - 1))
-            inside.append((at >= 0) & (at < side))
-        read = torch.from_numpy(where[0][:, None, :, None] * sides[1] + where[1][None, :, None, :])
-        p = torch.from_numpy(x).flatten(2).index_select(2, read.flatten())
-        seen = torch.from_numpy(inside[0][:, None, :, None] & inside[1][None, :, None, :])
-        if not seen.all():
-            p.masked_fill_(~seen.flatten(), 0)
+        read, unseen = _windows(tuple(sides), kernel, tuple(stride), tuple(dilation), tuple(pads))
+        p = torch.from_numpy(x).flatten(2).index_select(2, read)
+        if unseen is not None:
+            p.masked_fill_(unseen, 0)
         p = p.view(n, groups, c // groups, -1, kernel[0] * kernel[1]).permute(1, 0, 3, 2, 4)
         return p.reshape(groups, p.shape[1] * p.shape[2], -1).contiguous().numpy()
     if node.op_type in ("Conv", "ConvTranspose"):  # by input channel
@@ -99,6 +94,26 @@ def patches(node: NodeProto, x: NDArray[np.float32], weight: tuple[int, ...], gr
         return np.ascontiguousarray(pixels[::step].transpose(1, 0, 2))
     flat = x.reshape(-1, x.shape[-1])
     return np.ascontiguousarray(flat[:: max(1, len(flat) // POSITIONS)][None])
+
+
+@lru_cache(maxsize=1024)
+def _windows(
+    sides: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    pads: tuple[int, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """Flat pixels under a kernel at `positions`, [position * kernel element], and which of them lie in the padding."""
+    where, inside = [], []
+    for i, side in enumerate(sides):
+        count = (side + pads[i] + pads[i + 2] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        at = positions(count)[:, None] * stride[i] - pads[i] + np.arange(kernel[i]) * dilation[i]
+        where.append(at.clip(0, side - 1))
+        inside.append((at >= 0) & (at < side))
+    read = torch.from_numpy(where[0][:, None, :, None] * sides[1] + where[1][None, :, None, :]).flatten()
+    seen = torch.from_numpy(inside[0][:, None, :, None] & inside[1][None, :, None, :]).flatten()
+    return read, None if bool(seen.all()) else ~seen
 
 
 def positions(side: int) -> NDArray[np.int64]:
