@@ -3,12 +3,12 @@
     python -m xedge.benchmarks.peers_quantization OUT lenet5 resnet20 --seeds 3
     python -m xedge.benchmarks.peers_quantization OUT efficientnet --photographs DIR
 
-xedge as it comes, weights alone and its artefact with 8-bit activations; equal bits for all channels with the same
-rounding, and rounded to nearest; ONNX Runtime's quantize_static, LiteRT's quantizer, NNCF and Neural Compressor in
-their default use, per channel, which have 8 bits, some 4; Sony's MCT, which searches mixed precision. Fine-tuning is
-one short epoch for xedge, and MCT's own gradient-based one on the calibration pictures. Weights are those of
-`peers_pruning`, trained once and kept in OUT. Rows that are there are not measured again; a method whose package is
-missing is named and left out:
+xedge as it comes, and with bits of an entropy coder; weights alone and its artefact with 8-bit activations; equal bits
+for all channels with the same rounding, and rounded to nearest; ONNX Runtime's quantize_static, LiteRT's quantizer,
+NNCF and Neural Compressor in their default use, per channel, which have 8 bits, some 4; Sony's MCT, which searches
+mixed precision. Fine-tuning is one short epoch for xedge, and MCT's own gradient-based one on the calibration pictures.
+Weights are those of `peers_pruning`, trained once and kept in OUT. Rows that are there are not measured again; a method
+whose package is missing is named and left out:
 
     pip install ai-edge-quantizer nncf neural-compressor[pt] model-compression-toolkit edge-mdt-tpc
 """
@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from xedge.export import write_flavour
 from xedge.metrics import agreement, agreement_by_margin, kl, topk
 from xedge.onnx_graph import Graph, export_float, session
 from xedge.qat import DISTILL, RATE, Tuned
-from xedge.quantize import ScaleTable, Sensitivity, dequantised, quantize
+from xedge.quantize import Coding, ScaleTable, Sensitivity, dequantised, quantize
 from xedge.ranges import Calibration
 from xedge.sensitivity import distortions
 from xedge.simulate import Quantized
@@ -117,18 +117,18 @@ class Bench:
         started = time.monotonic()
         return calibrated(self.data, self.seed, self.proto), time.monotonic() - started
 
-    @cached_property
-    def felt(self) -> tuple[dict[str, Any], float]:
+    @cache  # noqa: B019
+    def felt(self, coding: Coding) -> tuple[dict[str, Any], float]:
         """Distortions along the errors, and their seconds."""
         started = time.monotonic()
-        return self.distortions("fisher"), time.monotonic() - started
+        return self.distortions("fisher", coding), time.monotonic() - started
 
-    def distortions(self, how: Sensitivity) -> dict[str, Any]:
+    def distortions(self, how: Sensitivity, coding: Coding = "fixed") -> dict[str, Any]:
         """What each width costs; the peers have no use for the images held back."""
         calibration, _ = self.calibrated
         return distortions(
             how, self.model, self.proto, calibration, lambda: samples(self.data, self.seed), self.teacher,
-            held=lambda: held(self.data, self.seed),
+            held=lambda: held(self.data, self.seed), coded=coding == "entropy",
         )  # fmt: skip
 
 
@@ -145,22 +145,24 @@ def runner(model: onnx.ModelProto | Path) -> Callable[[Tensor], Any]:
 def integers(bench: Bench, bits: float, how: str) -> tuple[ScaleTable, float]:
     """xedge's table, and its seconds with all that came before it."""
     calibration, seconds = bench.calibrated
-    if how == "xedge":
-        tables, more = bench.felt
+    coding: Coding = "entropy" if how == "coded" else "fixed"
+    if how in ("xedge", "coded"):
+        tables, more = bench.felt(coding)
         seconds += more
     started = time.monotonic()
-    if how != "xedge":
+    if how not in ("xedge", "coded"):
         tables = bench.distortions("uniform")
     plain = how == "nearest"
     images = None if plain else fitted_on(bench.data, bench.seed, bench.proto)
     made = quantize(
-        bench.proto, calibration, mean_bits=bits, tables=tables, feedback=not plain, correct=not plain, images=images
-    )
+        bench.proto, calibration, mean_bits=bits, tables=tables, feedback=not plain, correct=not plain, images=images,
+        coding=coding,
+    )  # fmt: skip
     return made, seconds + time.monotonic() - started
 
 
 def ours(bench: Bench, bits: float, how: str) -> Made:
-    """One of "xedge", "uniform" and "nearest": the artefact in ONNX Runtime."""
+    """One of "xedge", "coded", "uniform" and "nearest": the artefact in ONNX Runtime."""
     made, seconds = integers(bench, bits, how)
     graph = write_flavour(bench.proto, made, "onnxruntime")
     return Made(runner(graph), made.mean_bits(), graph.SerializeToString(), seconds)
@@ -304,22 +306,24 @@ def mct(bench: Bench, bits: float, how: str) -> Made:
 
 @dataclass(frozen=True)
 class Method:
-    """How it is run: its name, what makes it, the variant, its widths, and whether it needs labels."""
+    """How it is run: its name, what makes it, the variant, its widths (none: any), and whether it needs labels."""
 
     name: str
     make: Callable[[Bench, float, str], Made]
     variant: str = ""
-    bits: tuple[int, ...] = BITS
+    bits: tuple[float, ...] = BITS
     labels: bool = False
 
 
 METHODS = (
     Method("xedge, weights only", weights_only, "xedge"),
+    Method("xedge, entropy-coded, weights only", weights_only, "coded", ()),
     Method("equal bits, weights only", weights_only, "uniform"),
     Method("equal bits to nearest, weights only", weights_only, "nearest"),
     Method("LiteRT, weights only", litert, "weight_only_wi4_afp32", (4,)),
     Method("LiteRT, weights only", litert, "weight_only_wi8_afp32", (8,)),
     Method("xedge", ours, "xedge"),
+    Method("xedge, entropy-coded", ours, "coded", ()),
     Method("equal bits", ours, "uniform"),
     Method("ONNX Runtime static", onnxruntime_static, bits=(4, 8)),
     Method("LiteRT dynamic", litert, "dynamic_wi4_afp32", (4,)),
@@ -333,7 +337,7 @@ METHODS = (
 """Weights alone; then with 8-bit activations; then fine-tuned."""
 
 
-def measure(bench: Bench, method: Method, bits: int) -> dict[str, Any]:
+def measure(bench: Bench, method: Method, bits: float) -> dict[str, Any]:
     """One row."""
     row: dict[str, Any] = {"net": bench.name, "method": method.name, "bits": bits, "seed": bench.seed}
     try:
@@ -352,13 +356,13 @@ def measure(bench: Bench, method: Method, bits: int) -> dict[str, Any]:
 def tables(name: str, rows: list[dict[str, Any]]) -> str:
     """Markdown: mean and deviation over seeds."""
     out = []
-    for bits in BITS:
+    for bits in sorted({r["bits"] for r in rows}):
         here = [r for r in rows if r["bits"] == bits and "failed" not in r]
         if not here:
             continue
         key = "top1" if "top1" in here[0] else "agreement"
         heads = ["bits", f"{key}, %", "KL", "kB, Brotli", "s"]
-        out.append(f"| {name}, {bits} bits | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
+        out.append(f"| {name}, {bits:g} bits | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
         for method in dict.fromkeys(m.name for m in METHODS):
             found = [r for r in here if r["method"] == method]
             if found:
@@ -381,7 +385,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("nets", nargs="+", choices=["lenet5", "resnet20", "efficientnet"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--bits", type=float, nargs="+", default=list(BITS), help="2 to 8; 2, 3, 4, 6, 8 for all")
     parser.add_argument("--methods", default="", help="only those whose name contains this")
     parser.add_argument("--photographs", type=Path, help="folder made by python -m xedge.benchmarks.photographs")
     arguments = parser.parse_args()
@@ -392,7 +396,9 @@ def main() -> None:
         for seed in range(1 if name == "efficientnet" else arguments.seeds):
             bench: Bench | None = None
             for method in METHODS:
-                for bits in (b for b in method.bits if b in arguments.bits and arguments.methods in method.name):
+                for bits in (
+                    b for b in arguments.bits if b in (method.bits or (b,)) and arguments.methods in method.name
+                ):
                     if rows.has(net=name, method=method.name, bits=bits, seed=seed):
                         continue
                     if method.labels and name == "efficientnet":

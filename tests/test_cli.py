@@ -63,7 +63,7 @@ def test_every_option_of_compress_reaches_the_request(monkeypatch: pytest.Monkey
         "bytes": 300_000, "bits_drop": 0.01, "sensitivity": "kfac",
         "ranges": "percentile", "feedback": False, "bias_correction": False, "fit": True, "equalize": True,
         "keep_float": "^fc", "bits_min": ((6, "^conv1$"), (5, "conv2")), "bits_per": "layer",
-        "codebook": True, "qat": 3,
+        "codebook": True, "coding": "entropy", "qat": 3,
         "fold": False, "allocation": "taylor", "stop": "energy", "step": 0.2, "smoothing": 0.1, "distill": 0.5,
         "rewrite_subpixel": True,
     }  # fmt: skip

@@ -165,6 +165,7 @@ def assemble(
         artifacts=tuple(_artifact(folder, t.name, models[t.name]) for t in loaded.targets),
         notes=tuple(notes),
         planned_bits_mean=table.mean_bits(),
+        coding=table.coding,
         commands=(
             ("repeat this run", command(loaded)),
             ("time it by the standard protocol", shlex.join(["xedge", "bench", str(folder)])),
@@ -248,7 +249,8 @@ def _layers(
             if whole.get(g.name):
                 share[layer] = min(1.0, max(0.0, kept[g.name] / whole[g.name]))
     frozen = dict(result.groups.frozen)
-    bits = table.bits_of()
+    bits = {w.layer: np.rint(w.planned).astype(int).tolist() for w in table.weights.values()}
+    means = {w.layer: float(w.planned.mean()) for w in table.weights.values()}
     old, new = dict(original.named_modules()), dict(result.model.named_modules())
     executed = {target: _executed(path, table) for target, path in models.items()}
     rows = []
@@ -267,7 +269,7 @@ def _layers(
                 in_after=_channels(s)[0],
                 macs_before=before[name],
                 macs_after=after.get(name, 0),
-                bits_mean=float(np.mean(widths)) if widths else None,
+                bits_mean=means.get(name),
                 bits_histogram=dict(sorted(Counter(widths).items())),
                 executed_bits={t: e[name] for t, e in executed.items() if name in e},
                 di_kept=share.get(name),

@@ -171,7 +171,7 @@ def _planned(layers: list[Layer], run: Path, reading: Reading, notes: list[str])
         notes.append("the run has no scales.safetensors: planned bits are unknown")
         return layers
     table = ScaleTable.load(file)
-    bits = {w.layer: float(w.bits.mean()) for w in table.weights.values()}
+    bits = {w.layer: float(w.planned.mean()) for w in table.weights.values()}
     if reading.kind == "onnx":
         return [replace(layer, planned_bits=bits.get(layer.name)) for layer in layers]
     modules = _modules(run, table)

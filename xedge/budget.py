@@ -69,7 +69,7 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
         UsageError: no artefact is as small as --bytes.
         AccuracyMissed: 8 bits, or --bits, already cost more than --bits-drop.
     """
-    request, data = loaded.request, loaded.data
+    request, data, coding = loaded.request, loaded.data, loaded.request.counted
     calibration = calibrated(data, request.seed, proto, feedback=request.feedback)
     tables = None
     if request.bits < 8 or request.codebook or request.bytes is not None or request.bits_drop is not None:
@@ -79,7 +79,7 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
             return distortions(
                 how, model, proto, calibration, lambda: samples(data, request.seed), loaded.teacher,
                 held=lambda: held(data, request.seed), feedback=request.feedback, seed=request.seed,
-                shared=loaded.bits_per == "tensor",
+                shared=loaded.bits_per == "tensor", coded=coding == "entropy",
             )  # fmt: skip
 
         try:
@@ -99,7 +99,7 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
     images = fitted_on(data, request.seed, proto, request.fit) if fits else None
 
     def at(bits: float) -> ScaleTable:
-        own = partial(quantize, images=images, bits_per=loaded.bits_per)
+        own = partial(quantize, images=images, bits_per=loaded.bits_per, coding=coding)
         method = quantize_by_codebook if request.codebook else own
         return method(
             proto, calibration, mean_bits=bits, tables=tables, feedback=request.feedback,

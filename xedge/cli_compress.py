@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 )
 @click.option("--bits-per", help="What has a width of its own: channel, layer, tensor (with one scale).  [channel]")
 @click.option("--codebook", is_flag=True, default=None, help="Layers share values of any spacing.  [equal steps]")
+@click.option(
+    "--coding", help="What bits are: fixed widths, or entropy, those of a code.  [fixed; with --bytes entropy]"
+)
 @click.option("--qat", type=int, help="Epochs of training through the roundings.  [0]")
 @click.option("--epochs", type=int, help="Epochs of training after each cut.  [3]")
 @click.option("--iterations", type=int, help="Cuts on the way to the budget.  [4]")

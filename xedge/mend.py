@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from xedge.budget import LEAST, STEP, least_bits
 from xedge.codebook import LEVELS
 from xedge.command import command, option
-from xedge.quantize import CAUTION, ScaleTable
+from xedge.quantize import CAUTION, ScaleTable, WeightScale
 from xedge.ranges import RangeRule
 from xedge.request import Loaded, Request
 
@@ -100,7 +101,7 @@ def _less_pruned(loaded: Loaded, kept: float) -> Request:
 def _finer(request: Request, layers: Sequence[str], begun: ScaleTable) -> Request:
     """More bits for some layers, float where they have all bits."""
     most = int(LEVELS[-1]) if request.codebook else 8
-    mean = {w.layer: float(w.bits.mean()) for w in begun.weights.values()}
+    mean = {w.layer: float(w.planned.mean()) for w in begun.weights.values()}
     coarse = [n for n in layers if mean[n] < most]
     if not layers:
         return replace(request, bits=min(8.0, request.bits + 1))
@@ -139,17 +140,19 @@ def _with_room(loaded: Loaded, begun: ScaleTable, proto: ModelProto, new: Reques
     while True:  # a higher mean raises the floors of other channels, too, which this one must not pay for
         least = least_bits(replace(loaded, request=new), proto, counts)
         cautious = min(CAUTION, int(new.bits) - 1)
-        bits = {
-            w.layer: w.values.size // len(w.bits) * int(np.maximum(w.bits, max(least.get(w.layer, 0), cautious)).sum())
-            for w in inside
-        }
+        bits = {w.layer: _bits(w, np.maximum(w.planned, max(least.get(w.layer, 0), cautious))) for w in inside}
         need = min(8.0, math.ceil(sum(bits.values()) / sum(counts.values()) / STEP) * STEP)
         if need <= new.bits:
             break
         new = replace(new, bits=need)
     if old.bytes is None:
         return new
-    raised = (w for w in inside if bits[w.layer] > w.values.size // len(w.bits) * int(w.bits.sum()))
+    raised = (w for w in inside if bits[w.layer] > _bits(w, w.planned))
     floats = (w for w in begun.weights.values() if w.layer not in counts)
     more = sum(-(-bits[w.layer] // 8) for w in raised) + sum(FLOAT * w.values.size + OPERATORS for w in floats)
     return replace(new, bytes=old.bytes + more)
+
+
+def _bits(w: WeightScale, planned: NDArray[np.generic]) -> int:
+    """Of a whole weight."""
+    return w.values.size // len(w.bits) * math.ceil(float(planned.sum()))

@@ -45,13 +45,13 @@ def _follows(g: ChannelGroup, table: ScaleTable) -> bool:
     return True
 
 
-def _bits(g: ChannelGroup, table: ScaleTable) -> Ints:
+def _bits(g: ChannelGroup, table: ScaleTable) -> NDArray[np.float64]:
     """Planned bits of each channel, in all weights that make it or pass it on, [C]."""
-    total = np.zeros(g.size, np.int64)
+    total = np.zeros(g.size)
     for piece in g.slices:
         w = table.weights.get(piece.param)
         if w is not None and piece.kind != "in":
-            total += w.bits.astype(np.int64)[piece.index].sum(1) * (w.values.size // len(w.bits))
+            total += w.planned[piece.index].sum(1, dtype=np.float64) * (w.values.size // len(w.bits))
     return total
 
 
@@ -93,6 +93,7 @@ def _moved(w: WeightScale, reads: bool, place: Ints) -> WeightScale:
         w,
         scale=w.scale[place],
         bits=w.bits[place],
+        coded=None if w.coded is None else w.coded[place],
         values=np.ascontiguousarray(w.values.take(place, w.axis)),
         bias=None if w.bias is None else w.bias[place],
     )

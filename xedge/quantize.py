@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from xedge.bits import Compared, allocate, compare
+from xedge.coding import code_length, width
 from xedge.errors import UsageError
 from xedge.onnx_graph import Graph
 from xedge.ranges import Calibration, RangeRule, shared_ranges, wide_enough
@@ -24,10 +25,14 @@ from xedge.rounding import CORRECTED, Array, Bits, Layer, channel_axis, from_row
 from xedge.target import BitsPer
 from xedge.twins import Image, Twins
 
+Coding = Literal["fixed", "entropy"]
+"""What bits are: the width that all integers of a channel have, or the mean length of their code (`xedge.coding`)."""
 Sensitivity = Literal["output", "fisher", "di", "kfac", "uniform", "mse"]
 """Which errors hurt: see `xedge.sensitivity`."""
 LEVELS = np.arange(9)
-"""Widths a channel may have inside its int8 container; with 0 bits only its bias is left of it."""
+"""Bits a channel may have inside its int8 container; with 0 bits only its bias is left of it."""
+SLACK = 0.002
+"""Bits by which a coded layer that came out longer than planned is made shorter still."""
 CAUTION = 3
 """No channel gets fewer bits, or fewer than one below the mean: what errors of few bits cost is far from quadratic, and
 those that look cheap on some images are not on others."""
@@ -45,10 +50,11 @@ class WeightScale:
     Attributes:
         layer: module name.
         scale: [C], step of each output channel; the zero-point is 0.
-        bits: [C], planned bits: a channel's integers have at most 2^b values (`rounding.Grid`).
+        bits: [C], width: a channel's integers have at most 2^b values (`rounding.Grid`).
         axis: of the ONNX initializer that `scale` runs along.
         values: int8, the shape of the initializer.
         bias: [C] float, the corrected bias; None where the node takes none.
+        coded: [C], bits of code a weight, where these were planned; None where the widths were.
     """
 
     layer: str
@@ -57,6 +63,12 @@ class WeightScale:
     axis: int
     values: NDArray[np.int8]
     bias: NDArray[np.float32] | None
+    coded: Array | None = None
+
+    @property
+    def planned(self) -> NDArray[np.uint8] | Array:
+        """[C], planned bits a weight."""
+        return self.bits if self.coded is None else self.coded
 
     def rounded(self) -> NDArray[np.float32]:
         """The weights as they are now, of the shape of the initializer."""
@@ -85,11 +97,16 @@ class ScaleTable:
     def mean_bits(self) -> float:
         """Planned bits a weight."""
         total = sum(w.values.size for w in self.weights.values())
-        bits = sum(float(w.bits.mean()) * w.values.size for w in self.weights.values())
+        bits = sum(float(w.planned.mean()) * w.values.size for w in self.weights.values())
         return bits / total if total else 0.0
 
+    @property
+    def coding(self) -> Coding:
+        """What planned bits are."""
+        return "fixed" if all(w.coded is None for w in self.weights.values()) else "entropy"
+
     def bits_of(self) -> dict[str, list[int]]:
-        """Layer -> planned bits of each output channel."""
+        """Layer -> width of each output channel."""
         return {w.layer: [int(b) for b in w.bits] for w in self.weights.values()}
 
     def save(self, path: Path) -> None:
@@ -108,8 +125,9 @@ class ScaleTable:
             tensors[f"{name}|values"] = np.ascontiguousarray(w.values)
             tensors[f"{name}|scale"] = np.ascontiguousarray(w.scale)
             tensors[f"{name}|bits"] = np.ascontiguousarray(w.bits)
-            if w.bias is not None:
-                tensors[f"{name}|bias"] = np.ascontiguousarray(w.bias)
+            for key, own in (("bias", w.bias), ("coded", w.coded)):
+                if own is not None:
+                    tensors[f"{name}|{key}"] = np.ascontiguousarray(own)
         save_file(tensors, path, {"table": json.dumps(meta, sort_keys=True)})
 
     @classmethod
@@ -130,6 +148,7 @@ class ScaleTable:
                     axis=row["axis"],
                     values=f.get_tensor(f"{name}|values"),
                     bias=f.get_tensor(f"{name}|bias") if f"{name}|bias" in names else None,
+                    coded=f.get_tensor(f"{name}|coded") if f"{name}|coded" in names else None,
                 )
                 for name, row in meta["weights"].items()
             }
@@ -162,6 +181,7 @@ def quantize(
     keep_float: Collection[str] = (),
     images: tuple[Sequence[Image], Sequence[Image]] | None = None,
     bits_per: BitsPer = "channel",
+    coding: Coding = "fixed",
 ) -> ScaleTable:
     """Choose bits, scales and integers for every weight, and a range for every tensor.
 
@@ -179,6 +199,7 @@ def quantize(
         images: [1, C, H, W] each, on which layers are fitted to the rounded ones in front of them, and others that
             judge the fit (`xedge.twins`); without them no layer is.
         bits_per: what has a width of its own. A layer gets at least 1 bit, while a channel may get none.
+        coding: what bits are; `tables` are of the same.
 
     Raises:
         UsageError: the budget lies outside 2 to 8 bits, or below what `least` asks for.
@@ -186,14 +207,15 @@ def quantize(
     """
     if not 2 <= mean_bits <= 8:
         raise UsageError(f"--bits {mean_bits:g} is outside 2 to 8", fix="give the mean bits a weight, such as 4.5")
-    every = layers_of(proto, calibration.patches, shared=bits_per == "tensor")
+    every = layers_of(proto, calibration.patches, shared=bits_per == "tensor", coded=coding == "entropy")
     layers = {n: la for n, la in every.items() if la.name not in keep_float}
     if not layers:
         raise UsageError("no layer is left to quantise", fix="keep fewer float with --keep-float")
     chosen, compared = _choose(layers, mean_bits, tables, least or {}, feedback, bits_per)
     table = round_to(
-        proto, calibration, chosen, feedback=feedback, correct=correct, rule=rule, images=images, bits_per=bits_per
-    )
+        proto, calibration, chosen, feedback=feedback, correct=correct, rule=rule, images=images, bits_per=bits_per,
+        coding=coding,
+    )  # fmt: skip
     return replace(table, compared=compared)
 
 
@@ -207,9 +229,10 @@ def round_to(
     rule: RangeRule = "mse",
     images: tuple[Sequence[Image], Sequence[Image]] | None = None,
     bits_per: BitsPer = "channel",
+    coding: Coding = "fixed",
 ) -> ScaleTable:
     """`quantize` with the bits of each output channel given, by weight name; other layers stay float."""
-    every = layers_of(proto, calibration.patches, shared=bits_per == "tensor")
+    every = layers_of(proto, calibration.patches, shared=bits_per == "tensor", coded=coding == "entropy")
     layers = {n: la for n, la in every.items() if n in bits}
     ranges = float_ranges(proto, calibration, rule, layers)
     twins = None if images is None else Twins(proto, *images)
@@ -246,11 +269,20 @@ def round_layers(
     graph, weights = Graph(proto), {}
     for name, layer in layers.items():
         fitted, shift = (layer, None) if twins is None else twins.fit(layer)
-        q, scale = rounded(fitted, bits[name], feedback=feedback, least=least_scale(graph, layer, ranges))
+        least, planned = least_scale(graph, layer, ranges), bits[name]
+        q, scale = rounded(fitted, planned, feedback=feedback, least=least)
+        while layer.coded and (over := _longer(fitted, q, bits[name])) > 0:  # feedback spreads integers a little
+            planned = np.maximum(planned - over - SLACK, 0.0)
+            q, scale = rounded(fitted, planned, feedback=feedback, least=least)
         weights[name] = made = weight_scale(graph, name, fitted, bits[name], q, scale, correct=correct, shift=shift)
         if twins is not None:
             twins.put(layer, made.rounded(), made.bias)
     return weights
+
+
+def _longer(layer: Layer, q: Array, bits: Bits) -> float:
+    """By how many bits a weight a layer's code is longer than planned."""
+    return float(code_length(q, shared=layer.shared).mean() - bits.mean())
 
 
 def weight_scale(
@@ -269,10 +301,11 @@ def weight_scale(
     return WeightScale(
         layer=layer.name,
         scale=scale.astype(np.float32),
-        bits=bits.astype(np.uint8),
+        bits=(width(q) if layer.coded else bits).astype(np.uint8),
         axis=channel_axis(layer.node),
         values=np.ascontiguousarray(from_rows(layer.node, q.astype(np.int8), graph.array(name).shape)),
         bias=_bias(graph, layer, error if correct else np.zeros_like(error), shift if correct else None),
+        coded=code_length(q, shared=layer.shared) if layer.coded else None,
     )
 
 
@@ -346,7 +379,9 @@ def _choose(
     floors = next((f for f in own if counts @ f <= budget), asked)
     bits = allocate(LEVELS, stacked, counts, budget, floors)
     parts = np.split(bits, np.cumsum([len(t) for t in felt.values()])[:-1])
-    chosen = {n: np.repeat(b, len(layers[n].rows) // len(b)) for n, b in zip(layers, parts, strict=True)}
+    chosen: dict[str, Bits] = {
+        n: np.repeat(b, len(layers[n].rows) // len(b)) for n, b in zip(layers, parts, strict=True)
+    }
     return chosen, compare(stacked, counts, budget, floors, bits)
 
 

@@ -108,7 +108,7 @@ class Layer:
         out_before, out_after, in_before, in_after: channels in the original and in the compressed model.
         macs_before, macs_after: multiply-accumulates of one inference.
         bits_mean: planned bits a weight, mean over the weights; None when not quantised.
-        bits_histogram: {bits: output channels}. This is what is stored.
+        bits_histogram: {planned bits, rounded: output channels}. This is what is stored.
         executed_bits: {target: width of the arithmetic}. This is what runs.
         di_kept: discriminant information of the kept channels over that of all of them, a fraction.
         frozen: why the layer's outputs cannot be cut, or None.
@@ -257,6 +257,7 @@ class Report:
         price_of_alignment: what the target's channel multiples cost, one line; None when nothing.
         certificate: of the final cut, masked against cut. artifacts: files that devices run.
         notes: one line each. planned_bits_mean: bits a weight over the model.
+        coding: what planned bits are, `xedge.quantize.Coding`.
         subspaces: discriminant components of each group. choices: which form each target ships.
         subspaces: discriminant components of each group.
         crops: of held-out pictures, where the data have any. sizes: what was timed at other sizes of pictures.
@@ -279,6 +280,7 @@ class Report:
     artifacts: tuple[Artifact, ...]
     notes: tuple[str, ...]
     planned_bits_mean: float | None = None
+    coding: str = "fixed"
     commands: tuple[tuple[str, str], ...] = ()
     subspaces: tuple[Subspace, ...] = ()
     choices: tuple[Choice, ...] = ()

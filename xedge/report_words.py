@@ -260,7 +260,9 @@ def _lines(report: Report, original: Row | None, compressed: Row) -> Iterator[Li
         yield Line("  interval", old_time[1], new_time[1], between)
     if report.planned_bits_mean is not None:
         bits = report.planned_bits_mean
-        yield Line("bits a weight", "32", f"{bits:.2f}", "mean, planned")
+        yield Line(
+            "bits a weight", "32", f"{bits:.2f}", "mean, planned" if report.coding == "fixed" else "mean, of code"
+        )
         if before is not None and bits > 0:
             pruned, rounded = before.parameters / after.parameters, 32 / bits
             whole, left = size(4 * before.parameters), size(round(bits * after.parameters / 8))

@@ -20,7 +20,7 @@ from xedge.errors import UsageError, nearest
 from xedge.judge import Drop, Judge, amount
 from xedge.measure import runtime_for
 from xedge.plan import Budget
-from xedge.quantize import Sensitivity
+from xedge.quantize import Coding, Sensitivity
 from xedge.ranges import RangeRule
 from xedge.run import digest_file, digest_json
 from xedge.subpixel import find_subpixels, rewritten
@@ -36,7 +36,7 @@ PICTURE_RATE, PICTURE_BATCH = 5e-4, 16
 
 _QUANTISATION = (
     "bits", "bytes", "bits_drop", "sensitivity", "ranges", "feedback", "bias_correction", "fit", "equalize",
-    "keep_float", "bits_min", "bits_per", "codebook",
+    "keep_float", "bits_min", "bits_per", "codebook", "coding",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ class Request:
     bits_min: tuple[tuple[int, str], ...] = ()
     bits_per: BitsPer = "channel"
     codebook: bool = False
+    coding: Coding | None = None
     qat: int = 0
     epochs: int = 3
     iterations: int = 4
@@ -108,9 +109,15 @@ class Request:
         """What decides step 7."""
         return {name: getattr(self, name) for name in _QUANTISATION}
 
+    @property
+    def counted(self) -> Coding:
+        """What bits are: those of a code where packed bytes are the budget, unless asked otherwise."""
+        return self.coding or ("entropy" if self.bytes is not None and not (self.codebook or self.qat) else "fixed")
+
     def bits_in_words(self) -> str:
         """The budget of step 7."""
-        words = f"{self.bits:g} mean bits" if self.bytes is None and self.bits_drop is None else ""
+        mean = f"{self.bits:g} mean bits{' of code' * (self.counted == 'entropy')}"
+        words = mean if self.bytes is None and self.bits_drop is None else ""
         parts = [words, f"{self.bytes} bytes, packed" if self.bytes is not None else ""]
         drop = self.bits_drop
         parts += [f"a drop of {drop if isinstance(drop, str) else f'{drop:.2%}'}" if drop is not None else ""]
@@ -342,6 +349,9 @@ def _check_numbers(r: Request) -> None:
     if r.qat and (r.bytes is not None or r.codebook):
         flag = "--codebook" if r.codebook else "--bytes"
         raise UsageError(f"--qat and {flag} exclude each other: training changes what was fitted", fix="drop one")
+    if r.coding == "entropy" and (r.qat or r.codebook):
+        flag, why = ("--codebook", "its indices are coded") if r.codebook else ("--qat", "training changes the code")
+        raise UsageError(f"--coding entropy and {flag} exclude each other: {why}", fix="drop one")
     if r.fit and r.codebook:
         raise UsageError("--fit and --codebook exclude each other: codebooks are not fitted", fix="drop one")
     for least, pattern in r.bits_min:
@@ -353,6 +363,7 @@ def _check_numbers(r: Request) -> None:
         ("sensitivity", r.sensitivity, get_args(Sensitivity)),
         ("ranges", r.ranges, get_args(RangeRule)),
         ("bits-per", r.bits_per, get_args(BitsPer)),
+        ("coding", r.coding or "fixed", get_args(Coding)),
         ("allocation", r.allocation or HOWS[0], HOWS),
         ("stop", r.stop, STOPS),
     ):

@@ -94,13 +94,14 @@ def without_silent(run: Run, loaded: Loaded, at: Rounded, groups: Groups, talk: 
     keep = compose(at.keep, kept)
     model = restore(loaded.factory(), groups, keep, weights)
     floats = run.step("narrow.onnx", {"model": weights}, lambda p: export(model, loaded, p))
-    r, bits = loaded.request, bits_left(now, kept, table)
+    r, bits, coding = loaded.request, bits_left(now, kept, table), table.coding
 
     def rounded(path: Path) -> None:
         proto = onnx.load(floats)
         table = round_to(
             proto, calibrated(loaded.data, r.seed, proto, feedback=r.feedback), bits, feedback=r.feedback,
             correct=r.bias_correction, rule=r.ranges, images=fitted_on(loaded.data, r.seed, proto, r.fit),
+            coding=coding,
         )  # fmt: skip
         if set(table.weights) != set(bits):
             raise InternalError("the cut net's weights have other names", where=str(floats), fix="--bits-min 1 .")
@@ -112,7 +113,7 @@ def without_silent(run: Run, loaded: Loaded, at: Rounded, groups: Groups, talk: 
 
 def bits_left(groups: Groups, keep: Keep, table: ScaleTable) -> dict[str, Bits]:
     """The bits of the outputs that `keep` leaves, by weight name."""
-    bits = {name: w.bits.astype(np.int64) for name, w in table.weights.items()}
+    bits: dict[str, Bits] = {name: w.planned.astype(np.float64) for name, w in table.weights.items()}
     reads = {(p.param, p.axis): p.kind == "in" for g in groups.groups for p in g.slices}
     for (param, axis), mask in groups.positions(keep).items():
         if param in bits and not reads[param, axis]:

@@ -7,7 +7,8 @@ brain surgeon).
 
 A channel of b bits takes the better of two grids of 2^b integers: all from -2^(b-1) to 2^(b-1) - 1, or the odd ones
 from -(2^b - 1) to 2^b - 1, which lie even about 0. Of 4 bits it has the first, which int4 stores; of 1 bit the second,
-{-1, 1}; of 8 bits, to stay in int8, all of -127 .. 127; of 0 bits it is zero.
+{-1, 1}; of 8 bits, to stay in int8, all of -127 .. 127; of 0 bits it is zero. Where bits are those of a code
+(`xedge.coding`), all channels have -127 .. 127, and their bits decide the scales.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 from torch import Tensor
 
+from xedge.coding import MOST, Rates
 from xedge.errors import UnsupportedGraph
 from xedge.onnx_graph import Graph
 from xedge.ranges import Calibration, Patches, groups_of, transposed
 
 Array = NDArray[np.float64]
-Bits = NDArray[np.int64]
+Ints = NDArray[np.int64]
+Bits = Ints | Array
+"""Widths, or bits of code, which need not be whole."""
 CORRECTED = ("Conv", "Gemm")
 """Nodes whose mean error goes into their bias, so that only the covariance of their patches counts. A MatMul has no
 bias, and borders make the mean of a transposed convolution differ by position."""
@@ -88,7 +92,7 @@ class Grid:
     low: Array
     high: Array
     odd: NDArray[np.bool_]
-    values: Bits | None = None
+    values: Ints | None = None
 
     @classmethod
     def of(cls, bits: Bits, scale: Array, odd: NDArray[np.bool_]) -> Grid:
@@ -99,7 +103,7 @@ class Grid:
         return cls(scale, low, high, odd)
 
     @classmethod
-    def of_values(cls, values: Bits, scale: Array) -> Grid:
+    def of_values(cls, values: Ints, scale: Array) -> Grid:
         """Of channels that share these integers."""
         none = np.zeros(len(scale))
         return cls(scale, none, none, none.astype(bool), values)
@@ -156,6 +160,7 @@ class Layer:
         split: whether the Gram keeps only the blocks of single input channels.
         ridge: relative to the mean variance, added to the Gram's diagonal where errors are fed forward.
         shared: whether all channels of one width share one scale.
+        coded: whether bits are those of an entropy coder.
     """
 
     node: NodeProto
@@ -167,6 +172,7 @@ class Layer:
     split: bool
     ridge: float = RIDGES[0]
     shared: bool = False
+    coded: bool = False
 
     def distortion(self, error: Array, gram: Array | None = None) -> Array:
         """delta^T S delta of each output channel, [O], for errors [O, T, K]; `gram` takes the place of S."""
@@ -196,6 +202,8 @@ class Layer:
             bits: 0 to 8.
             least: scales [O] that are not to be fallen below.
         """
+        if self.coded:
+            return self._coded_grid(bits, least)
         scale, odd = np.empty(len(bits)), np.empty(len(bits), dtype=bool)
         diagonal = self.diagonal()
         # Where a patch element never varies its weight still counts a little, or its scale would be arbitrary.
@@ -203,14 +211,29 @@ class Layer:
         for b in np.unique(bits):
             which = np.flatnonzero(bits == b)
             scale[which], odd[which] = _search(self.rows[which], diagonal[which], int(b), shared=self.shared)
+        return Grid.of(bits, self._scales(scale, least), odd)
+
+    def _coded_grid(self, bits: Bits, least: Array | None) -> Grid:
+        high = np.where(bits > 0, float(MOST), 0.0)
+        scale = self._scales(self.rates.scale(bits), least)
+        return Grid(scale, -high, high, np.zeros(len(bits), dtype=bool))
+
+    def _scales(self, scale: Array, least: Array | None) -> Array:
         if least is not None:
             scale = np.maximum(scale, least.max() if self.shared else least)
-        return Grid.of(bits, scale.astype(np.float32).astype(np.float64), odd)
+        return scale.astype(np.float32).astype(np.float64)
+
+    @cached_property
+    def rates(self) -> Rates:
+        """The lengths of its channels' codes."""
+        return Rates(self.rows, shared=self.shared)
 
     def repeated(self, times: int) -> Layer:
         """The same with every output channel so many times in a row, to be rounded to several widths at once."""
         more = replace(self, rows=np.repeat(self.rows, times, 0))
         more.__dict__["upper"] = self.upper  # where cached_property keeps it: it is that of the Gram matrix
+        if self.coded:
+            more.__dict__["rates"] = self.rates.repeated(times)
         return more
 
     @cached_property
@@ -227,8 +250,10 @@ class Layer:
         return upper
 
 
-def layers_of(proto: ModelProto, moments: dict[str, Patches], *, shared: bool = False) -> dict[str, Layer]:
-    """Weight name -> its layer, in the order of execution; `shared` as in `Layer`.
+def layers_of(
+    proto: ModelProto, moments: dict[str, Patches], *, shared: bool = False, coded: bool = False
+) -> dict[str, Layer]:
+    """Weight name -> its layer, in the order of execution; `shared` and `coded` as in `Layer`.
 
     Raises:
         UnsupportedGraph: the model has no weights that can be quantised.
@@ -237,7 +262,8 @@ def layers_of(proto: ModelProto, moments: dict[str, Patches], *, shared: bool = 
     nodes = {n.input[1]: n for n in graph.weighted()}
     if not nodes:
         raise UnsupportedGraph("the graph has no convolution or linear layer with constant weights")
-    return {name: replace(make_layer(graph, node, moments[name]), shared=shared) for name, node in nodes.items()}
+    made = {name: make_layer(graph, node, moments[name]) for name, node in nodes.items()}
+    return {name: replace(layer, shared=shared, coded=coded) for name, layer in made.items()}
 
 
 def make_layer(graph: Graph, node: NodeProto, patches: Patches) -> Layer:

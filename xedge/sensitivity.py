@@ -64,6 +64,7 @@ def distortions(
     feedback: bool = True,
     seed: int = 0,
     shared: bool = False,
+    coded: bool = False,
 ) -> dict[str, Array]:
     """Weight name -> distortion of each channel at each of LEVELS, [O, 9], comparable between layers.
 
@@ -79,8 +80,9 @@ def distortions(
         feedback: measure the errors after error feedback.
         seed: of what `fisher` and `kfac` draw from the model's own answers.
         shared: measure the errors with one scale for all channels of a layer.
+        coded: LEVELS are bits of an entropy coder (`xedge.coding`).
     """
-    layers = layers_of(proto, calibration.patches, shared=shared)
+    layers = layers_of(proto, calibration.patches, shared=shared, coded=coded)
     if how == "uniform":
         return {n: la.rows[0].size * np.tile(4.0**-LEVELS, (len(la.rows), 1)) for n, la in layers.items()}
     if how == "mse":
