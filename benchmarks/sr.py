@@ -49,7 +49,7 @@ from xedge.models.feqe import feqe
 from xedge.models.hsrn import hsrn
 from xedge.models.span import span
 from xedge.models.srcnn import dncnn, srcnn, vdsr
-from xedge.models.srresnet import x_srresnet
+from xedge.models.srresnet import x_msrresnet, x_srresnet
 from xedge.models.upscale import Bicubic
 from xedge.onnx_graph import export_float
 from xedge.quantize import quantize
@@ -73,10 +73,11 @@ HELD_OUT = {
 PACKAGES = "gnome-backgrounds 43.1-1, mate-backgrounds 1.26.0-1, plasma-workspace-wallpapers 4:5.27.5-2"
 """Debian's, that they were made from."""
 EPOCHS = 4
-"""Of each half of the training: what a kill costs at most is one of them."""
+"""Of the first part of the training, by default half of it: what a kill costs at most is one of them."""
 BATCH = 16
 RATES = (1e-3, 2e-3)
-"""Of the halves. In so few steps 2e-3 was better than 5e-4 for the second, for FEQE as for the pruned nets."""
+"""Of the parts. In so few steps 2e-3 was better than 5e-4 for the second, for FEQE as for the pruned nets; a base of
+64 channels without batch norms does not survive it, and keeps the first's."""
 CALIBRATED = 32
 SIDE = {"sr": 144, "denoise": 256, "deblock": 256}
 """Of the middle of a held-out picture that is judged, and of the files: what fits into the smallest picture."""
@@ -84,7 +85,7 @@ HD = 720 * 1280
 """Pixels of the output that multiply-adds are given for."""
 
 Make = Callable[[], nn.Module]
-BASE = "X-SRResNet"
+BASE, WIDE = "X-SRResNet", "X-MSRResNet, 16 blocks of 64"
 SR: Mapping[str, Make] = {
     "SRCNN": lambda: srcnn(2),
     "VDSR, 10 layers of 24": lambda: vdsr(2, depth=10, width=24),
@@ -92,6 +93,7 @@ SR: Mapping[str, Make] = {
     "SPAN, 3 blocks of 16": lambda: span(2, blocks=3, width=16),
     BASE: lambda: x_srresnet(2, blocks=8, width=32),
     f"{BASE} of 8 channels": lambda: x_srresnet(2, blocks=8, width=8),
+    WIDE: lambda: x_msrresnet(2, blocks=16, width=64),
 }
 RESTORERS: Mapping[str, Make] = {  # 53.1 k multiply-adds a pixel, all
     "DnCNN, 12 layers of 24": lambda: dncnn(1, depth=12, width=24),
@@ -105,9 +107,14 @@ METHODS: Mapping[str, dict[str, Any] | str] = {
     "L1": "MagnitudeImportance",
     "Taylor": "TaylorImportance",
 }
-PRUNED = {f"{BASE} / {part}, {method}": (part, method) for part in PARTS for method in METHODS}
+PRUNED = {f"{BASE} / {part}, {method}": (BASE, part, 1, method) for part in PARTS for method in METHODS}
+PRUNED |= {f"{WIDE} / 16, {method}": (WIDE, 16, 16, method) for method in METHODS}
+"""Name -> the net that is cut, to what part of its multiply-adds, widths' multiples, and how. A sixteenth of the wide
+one are 16 channels everywhere, which kernels like: with 17 it takes twice the time."""
 PLAIN = {"sr": "bicubic", "denoise": "the input itself", "deblock": "the input itself"}
 ORDER = (*dict.fromkeys(PLAIN.values()), *SR, *RESTORERS, *PRUNED)
+NARROW = f"^(?!{WIDE})"
+"""All nets but the wide one, whose training takes hours."""
 RUNTIMES = {"LiteRT": "android", "ONNX Runtime": "host-cpu"}
 PROTOCOL = replace(QUICK, name="quick, 8 runs", min_runs=8, seconds=0.3, warmup_cap_seconds=4.0)
 
@@ -136,12 +143,13 @@ def test_pictures(photographs: Path, out: Path) -> Path:
     return folder
 
 
-def data_of(task: str, level: int, steps: int, photographs: Path, test: Path) -> tuple[Data, Data]:
-    """Training pairs, so many that EPOCHS of them are half of the steps; and larger ones that calibrate the files."""
+def data_of(task: str, level: int, before: int, photographs: Path, test: Path) -> tuple[Data, Data]:
+    """Training pairs, so many that EPOCHS of them are the steps of the first part; and larger ones that calibrate the
+    files."""
     kind = {"sr": "scale", "denoise": "sigma", "deblock": "q"}[task]
     spec = f"{task}:{photographs}?{kind}={level}&test={test}&patch={32 if task == 'sr' else 48}"
     count = len(load.load_data(f"{spec}&patches=1", root=None, seed=0).train)
-    patches = math.ceil(steps / 2 / EPOCHS * BATCH / count)
+    patches = math.ceil(before / EPOCHS * BATCH / count)
     large = re.sub(r"patch=\d+", f"patch={SIDE[task]}&patches=1", spec)
     small, whole = (load.load_data(s, root=None, seed=0) for s in (f"{spec}&patches={patches}", large))
     return small, whole
@@ -171,10 +179,17 @@ def judged(run: Callable[[Tensor], Tensor], data: Data) -> tuple[float, float]:
 # -- nets ------------------------------------------------------------------------------------------------------------
 
 
-def half(model: nn.Module, which: int, data: Data, path: Path, *, frozen: bool = False, seed: int = 0) -> nn.Module:
-    """Train for half of the steps, once; with `frozen` batch norms keep their statistics, as `xedge compress` does."""
+def half(
+    model: nn.Module, which: int, data: Data, path: Path, *,
+    frozen: bool = False, seed: int = 0, epochs: int = EPOCHS, rate: float | None = None,
+) -> nn.Module:  # fmt: skip
+    """Train for one part of the steps, once; with `frozen` batch norms keep their statistics, as `xedge compress` does.
+
+    `rate` is by default that of RATES.
+    """
     if not path.exists():
-        recipe = Recipe(epochs=EPOCHS, lr=RATES[which], batch=BATCH, frozen_norms=frozen, seed=seed + which)
+        lr = RATES[which] if rate is None else rate
+        recipe = Recipe(epochs=epochs, lr=lr, batch=BATCH, frozen_norms=frozen, seed=seed + which)
         checkpoint = path.with_suffix(".checkpoint")
         resumed, started = checkpoint.exists(), time.monotonic()
         fit(model, data, recipe, checkpoint=checkpoint)
@@ -197,9 +212,9 @@ def seconds(*halves: Path) -> float | None:
     return total
 
 
-def pruned(model: nn.Module, data: Data, part: int, method: str) -> nn.Module:
-    """One cut to 1 / part of the multiply-adds."""
-    case = Case(macs=1 / part, align=1, base_epochs=0, images=0, lr=0.0, felt=128)
+def pruned(model: nn.Module, data: Data, part: int, align: int, method: str) -> nn.Module:
+    """One cut to 1 / part of the multiply-adds, with widths in multiples of `align`."""
+    case = Case(macs=1 / part, align=align, base_epochs=0, images=0, lr=0.0, felt=128)
     how = METHODS[method]
     return theirs(model, data, case, 0, how) if isinstance(how, str) else ours(model, data, case, 0, how)
 
@@ -268,11 +283,14 @@ def table(rows: list[dict[str, Any]], times: dict[tuple[str, str], dict[str, Any
     return "\n".join(lines)
 
 
-def compared(task: str, level: int, steps: int, photographs: Path, test: Path, out: Path, rows: Rows) -> str:
-    """All rows of one task; returns its note, which names it."""
-    data, large = data_of(task, level, steps, photographs, test)
-    note = f"{data.notes[0]}, {steps} steps"
-    key = slug(note)
+def compared(
+    task: str, level: int, steps: int, before: int, nets: str, photographs: Path, test: Path, out: Path, rows: Rows
+) -> str:
+    """All rows of one task whose nets match `nets`, `before` of the steps before the cut; returns its note, which names
+    it."""
+    data, large = data_of(task, level, before, photographs, test)
+    note = f"{data.notes[0]}, {steps} steps" + (f", {before} before the cut" if 2 * before != steps else "")
+    key, later = slug(note), round(EPOCHS * (steps - before) / before)
 
     about = {"task": task, "notes": note}
 
@@ -284,7 +302,8 @@ def compared(task: str, level: int, steps: int, photographs: Path, test: Path, o
         if first is None:
             half(model, 0, data, halves[0])
         # DnCNN has not yet come so far by then that its statistics could stay.
-        half(model, 1, data, halves[1], frozen=task == "sr")
+        rate = RATES[0] if name == WIDE else None
+        half(model, 1, data, halves[1], frozen=task == "sr", epochs=later, rate=rate)
         took = {"training seconds": seconds(*halves)}
         rows.add({**about, "net": name, **took, **measured(model, data, large, where)})
 
@@ -297,39 +316,40 @@ def compared(task: str, level: int, steps: int, photographs: Path, test: Path, o
         plain = {"parameters": 0, "macs": 0, "float": judged(nn.Identity(), data)} if task != "sr" else None
         rows.add({**about, "net": name, **(plain or measured(Bicubic(2), data, large, out / f"{key}-{name}"))})
     for name, make in (SR if task == "sr" else RESTORERS).items():
-        full(name, fresh(make))
-    if task == "sr":
-        trained = out / f"{key}-{slug(BASE)}.0.safetensors"
-        for name, (part, method) in PRUNED.items():
-            if not rows.has(notes=note, net=name):
-                base = half(fresh(SR[BASE]), 0, data, trained)
-                full(name, pruned(base, data, part, method), trained)
+        if re.search(nets, name):
+            full(name, fresh(make))
+    for name, (base, part, align, method) in PRUNED.items() if task == "sr" else ():
+        if re.search(nets, name) and not rows.has(notes=note, net=name):
+            trained = out / f"{key}-{slug(base)}.0.safetensors"
+            whole = half(fresh(SR[base]), 0, data, trained)
+            full(name, pruned(whole, data, part, align, method), trained)
     return note
 
 
 def timed(out: Path, rows: Rows, times: Rows) -> None:
-    """Each net's files interleaved with X-SRResNet's."""
+    """Each net's files interleaved with X-SRResNet's, or with FEQE's where that is not there."""
     nets = {row["net"]: row for row in rows.done if row["task"] == "sr" and "files" in row}
     with open_device("local", say=print) as device:
-        for net in (n for n in ORDER if n in nets and n != BASE):
+        beside = BASE if BASE in nets else "FEQE"
+        for net in (n for n in ORDER if n in nets and n != beside):
             for key, path in nets[net]["files"].items():
                 if times.has(net=net, file=key):
                     continue
-                found = compare(device, out / nets[BASE]["files"][key], out / path, PROTOCOL)
+                found = compare(device, out / nets[beside]["files"][key], out / path, PROTOCOL)
                 ratio = found.ratio
                 base = found.a.interval.median
                 facts = {"verdict": found.verdict, "ratio": [ratio.median, ratio.lower, ratio.upper], "base": base}
-                times.add({"net": net, "file": key, "ms": found.b.interval.median, **facts})
+                times.add({"net": net, "beside": beside, "file": key, "ms": found.b.interval.median, **facts})
 
 
 def clock(times: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
-    """By net and file. X-SRResNet was measured beside every other net: the median of what held."""
+    """By net and file. X-SRResNet, or FEQE, was measured beside every other net: the median of what held."""
     found = {(t["net"], t["file"]): t for t in times}
-    bases: dict[str, list[float]] = {}
+    bases: dict[tuple[str, str], list[float]] = {}
     for t in times:
         if t["verdict"] == "ok":
-            bases.setdefault(t["file"], []).append(t["base"])
-    return found | {(BASE, file): {"ms": median(of), "verdict": "ok"} for file, of in bases.items()}
+            bases.setdefault((t.get("beside", BASE), t["file"]), []).append(t["base"])
+    return found | {key: {"ms": median(of), "verdict": "ok"} for key, of in bases.items()}
 
 
 def main() -> None:
@@ -339,6 +359,8 @@ def main() -> None:
     parser.add_argument("photographs", type=Path, help="folder made by python -m xedge.benchmarks.photographs")
     parser.add_argument("--tasks", nargs="+", choices=list(SIDE), default=list(SIDE))
     parser.add_argument("--steps", type=int, default=1600, help="of every net; denoising and deblocking take half")
+    parser.add_argument("--before", type=int, help="of these before the cut  [half]")
+    parser.add_argument("--nets", default=NARROW, help="only those whose name this expression finds")
     parser.add_argument("--no-time", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -346,11 +368,11 @@ def main() -> None:
     test = test_pictures(arguments.photographs, out)
     rows, times = Rows(out / "rows.jsonl"), Rows(out / "times.jsonl")
     levels = {"sr": (2,), "denoise": (30, 50), "deblock": (10, 20, 30)}
-    notes = [
-        compared(task, level, arguments.steps // (1 if task == "sr" else 2), arguments.photographs, test, out, rows)
-        for task in arguments.tasks
-        for level in levels[task]
-    ]
+    notes = []
+    for task, level in [(t, of) for t in arguments.tasks for of in levels[t]]:
+        less = 1 if task == "sr" else 2
+        steps, before = arguments.steps // less, (arguments.before or arguments.steps // 2) // less
+        notes.append(compared(task, level, steps, before, arguments.nets, arguments.photographs, test, out, rows))
     if "sr" in arguments.tasks and not arguments.no_time:
         timed(out, rows, times)
     for note in notes:

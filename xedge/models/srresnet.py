@@ -1,4 +1,5 @@
-"""SRResNet (Ledig et al. 2017, arXiv:1609.04802), as it was and with nearest neighbours for the sub-pixel layers."""
+"""SRResNet (Ledig et al. 2017, arXiv:1609.04802), as it was, modified, and with nearest neighbours for the sub-pixel
+layers."""
 
 from __future__ import annotations
 
@@ -7,13 +8,25 @@ from torch import Tensor, nn
 from xedge.models.upscale import bilinear, conv, quiet, stages
 
 
-class Block(nn.Module):
-    """Convolution, batch norm, PReLU, convolution, batch norm, added to the input."""
+def norm(width: int, modified: bool) -> nn.Module:
+    """A batch norm, or nothing."""
+    return nn.Identity() if modified else nn.BatchNorm2d(width)
 
-    def __init__(self, width: int) -> None:
+
+def activation(width: int, modified: bool) -> nn.Module:
+    """A PReLU, or a ReLU."""
+    return nn.ReLU() if modified else nn.PReLU(width)
+
+
+class Block(nn.Module):
+    """Convolution, batch norm, PReLU, convolution, batch norm, added to the input; modified without batch norms and
+    with a ReLU."""
+
+    def __init__(self, width: int, modified: bool) -> None:
         super().__init__()
-        self.conv1, self.bn1, self.act = conv(width, width), nn.BatchNorm2d(width), nn.PReLU(width)
-        self.conv2, self.bn2 = conv(width, width), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = conv(width, width), norm(width, modified)
+        self.act = activation(width, modified)
+        self.conv2, self.bn2 = conv(width, width), norm(width, modified)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))  # type: ignore[no-any-return]
@@ -23,17 +36,20 @@ class SRResNet(nn.Module):
     """A convolution, `blocks` residual blocks with a skip around all, stages that enlarge, and a convolution, added to
     the input enlarged bilinearly (as in MSRResNet, Wang et al. 2018). First and last convolution are 3x3, not 9x9, and
     each PReLU has a slope per channel: 1.375 M parameters at scale 2 and 1.52 M at 4, which are the papers' numbers.
+    Modified, it has no batch norms, and ReLU everywhere (MSRResNet leaks .1 outside of its blocks).
 
     Pictures [N, channels, H, W] on 0..1 -> [N, channels, scale H, scale W].
     """
 
-    def __init__(self, scale: int, channels: int, blocks: int, width: int, nearest: bool) -> None:
+    def __init__(
+        self, scale: int, channels: int, blocks: int, width: int, nearest: bool, modified: bool = False
+    ) -> None:
         super().__init__()
         self.base = bilinear(scale)
-        self.head, self.act = conv(channels, width), nn.PReLU(width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.conv, self.bn = conv(width, width), nn.BatchNorm2d(width)
-        self.up = stages(width, scale, nearest=nearest, prelu=True)
+        self.head, self.act = conv(channels, width), activation(width, modified)
+        self.blocks = nn.Sequential(*(Block(width, modified) for _ in range(blocks)))
+        self.conv, self.bn = conv(width, width), norm(width, modified)
+        self.up = stages(width, scale, nearest=nearest, active=lambda: activation(width, modified))
         self.tail = conv(width, channels)
         quiet(self.tail)
 
@@ -51,3 +67,13 @@ def srresnet(scale: int = 4, channels: int = 3, blocks: int = 16, width: int = 6
 def x_srresnet(scale: int = 4, channels: int = 3, blocks: int = 16, width: int = 64) -> SRResNet:
     """SRResNet (NNI): nearest neighbours and learnable convolutions, the form that X-Learning prunes."""
     return SRResNet(scale, channels, blocks, width, nearest=True)
+
+
+def msrresnet(scale: int = 4, channels: int = 3, blocks: int = 16, width: int = 64) -> SRResNet:
+    """Modified SRResNet (Wang et al., ESRGAN, ECCV Workshops 2018), with sub-pixel convolutions."""
+    return SRResNet(scale, channels, blocks, width, nearest=False, modified=True)
+
+
+def x_msrresnet(scale: int = 4, channels: int = 3, blocks: int = 16, width: int = 64) -> SRResNet:
+    """Modified SRResNet with nearest neighbours and learnable convolutions."""
+    return SRResNet(scale, channels, blocks, width, nearest=True, modified=True)
