@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from xedge.models.upscale import bilinear, conv, quiet, stages
 
+CALM = 0.1
+"""Of first weights in blocks without batch norms, as ESRGAN's authors have it."""
+
 
 def norm(width: int, modified: bool) -> nn.Module:
     """A batch norm, or nothing."""
@@ -27,6 +30,9 @@ class Block(nn.Module):
         self.conv1, self.bn1 = conv(width, width), norm(width, modified)
         self.act = activation(width, modified)
         self.conv2, self.bn2 = conv(width, width), norm(width, modified)
+        if modified:  # what batch norms would hold down, small first weights do: at 64 channels training diverged
+            for layer in (self.conv1, self.conv2):
+                layer.weight.data *= CALM
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))  # type: ignore[no-any-return]
