@@ -41,8 +41,6 @@ PUBLISHED: list[tuple[str, dict[str, int], float, int]] = [
     ("vdsr", {"scale": 4, "channels": 1}, 666e3, 665_921),  # Y
     ("srresnet", {"scale": 4}, 1.52e6, 1_523_011),
     ("srresnet", {"scale": 2}, 1.375e6, 1_375_235),
-    ("msrresnet", {"scale": 4}, 1.517e6, 1_517_571),  # with the convolution more that MSRResNet has, and EDSR not
-    ("msrresnet", {"scale": 2}, 1.37e6, 1_369_859),
     ("lapsrn", {"scale": 4, "channels": 1}, 0.870e6, 870_112),  # Y
     ("feqe", {"scale": 4}, 96e3, 96_464),
     ("span", {"scale": 4}, 426e3, 426_288),
@@ -102,8 +100,6 @@ SMALL: dict[str, list[dict[str, int]]] = {
     "dncnn": [{"scale": 1, "depth": 4, "width": 12}],
     "srresnet": [{"scale": 4, "blocks": 2, "width": 8}],
     "x_srresnet": [{"scale": 3, "blocks": 2, "width": 12}, {"scale": 4, "blocks": 1, "width": 8}],
-    "msrresnet": [{"scale": 4, "blocks": 2, "width": 8}],
-    "x_msrresnet": [{"scale": 2, "blocks": 2, "width": 12}],
     "lapsrn": [{"scale": 4, "depth": 2, "width": 8}],
     "feqe": [{"scale": 2, "blocks": 2, "width": 16}, {"scale": 4, "blocks": 2, "width": 16}],
     "hsrn": [{"scale": 1, "blocks": 2, "width": 8}, {"scale": 2, "blocks": 1, "width": 8}],

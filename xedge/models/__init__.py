@@ -20,8 +20,6 @@ BUILT_IN: Mapping[str, tuple[str, str]] = MappingProxyType(
         "dncnn": ("xedge.models.srcnn:dncnn", "DnCNN-17, 558 k parameters (RGB); denoising and deblocking"),
         "srresnet": ("xedge.models.srresnet:srresnet", "SRResNet, 1.52 M parameters at x4, 1.375 M at x2"),
         "x_srresnet": ("xedge.models.srresnet:x_srresnet", "SRResNet with nearest neighbours for sub-pixel layers"),
-        "msrresnet": ("xedge.models.srresnet:msrresnet", "SRResNet without batch norms, with ReLU"),
-        "x_msrresnet": ("xedge.models.srresnet:x_msrresnet", "The same with nearest neighbours for sub-pixel layers"),
         "lapsrn": ("xedge.models.lapsrn:lapsrn", "LapSRN, 0.87 M parameters; x2 and x4"),
         "feqe": ("xedge.models.feqe:feqe", "FEQE, 96 k parameters; x2 and x4"),
         "hsrn": ("xedge.models.hsrn:hsrn", "HSRN, windows of 3, 9 and 27 pixels; any scale, denoising, deblocking"),

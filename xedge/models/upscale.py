@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -57,14 +57,14 @@ def conv(inside: int, outside: int, kernel: int = 3, dilation: int = 1) -> nn.Co
     return nn.Conv2d(inside, outside, kernel, padding=kernel // 2 * dilation, dilation=dilation)
 
 
-def stages(width: int, scale: int, *, nearest: bool, active: Callable[[], nn.Module] | None = None) -> nn.Sequential:
+def stages(width: int, scale: int, *, nearest: bool, prelu: bool = False) -> nn.Sequential:
     """[N, width, H, W] -> [N, width, s H, s W] by factors of 2 (or 3), each with a 3x3 convolution.
 
     Args:
         nearest: enlarge by nearest neighbour before the convolution; otherwise the convolution makes f x f times the
             channels, which a pixel shuffle lays out (sub-pixel convolution, Shi et al. 2016, arXiv:1609.05158). The
             multiply-adds are the same, the parameters 1 / f^2, and there is nothing to shuffle.
-        active: makes the activation behind each, if there is one.
+        prelu: a PReLU behind each.
     """
     layers: list[nn.Module] = []
     for factor in factors(scale):
@@ -72,7 +72,7 @@ def stages(width: int, scale: int, *, nearest: bool, active: Callable[[], nn.Mod
             layers += [nn.Upsample(scale_factor=factor, mode="nearest"), conv(width, width)]
         else:
             layers += [conv(width, width * factor**2), nn.PixelShuffle(factor)]
-        layers += [active()] if active is not None else []
+        layers += [nn.PReLU(width)] if prelu else []
     return nn.Sequential(*layers)
 
 
