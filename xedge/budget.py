@@ -120,7 +120,8 @@ def choose_bits(loaded: Loaded, model: nn.Module, proto: ModelProto, talk: Talk)
         if found is None:
             raise UsageError(
                 f"--bytes {allowed} is less than the {min(sizes)} of the packed artefact at {grid[0]:g} mean bits",
-                fix="keep fewer channels with --macs, or allow more bytes",
+                fix="keep fewer channels with --macs, or allow more bytes"
+                + ("; --coding fixed packs a little smaller" if coding == "entropy" else ""),
             )
         bits, table = found
         grid = grid[: grid.index(bits) + 1]
