@@ -181,7 +181,7 @@ class Run:
         path = folder / REQUEST
         # What a killed process left half-written has our temporary names; nothing else has.
         with writing(folder):
-            for pattern in (".*.tmp", ".*.tmp.folder", ".*.old"):
+            for pattern in (".*.tmp", ".*.tmp.folder", ".*.old", ".tmp??????"):  # the last is safetensors' own
                 for p in [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]:
                     _remove(p)
         if not path.exists():
